@@ -1,0 +1,128 @@
+// Bindings only. Tensors come as addresses and sizes, so the module needs no libtorch; the Python callers check dtypes
+// and shapes.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+#include <vector>
+
+#include "gather.h"
+#include "permutation.h"
+
+namespace py = pybind11;
+using namespace eventkern;
+
+namespace {
+
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+EntityIndex entity_index(const std::array<uintptr_t, 3>& addresses) {
+  return {pointer<const int32_t>(addresses[0]), pointer<const int64_t>(addresses[1]),
+          pointer<const int64_t>(addresses[2])};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+#ifdef EVENTKERN_CUDA
+  module.attr("has_cuda") = true;
+#else
+  module.attr("has_cuda") = false;
+#endif
+  module.attr("max_permutation_size") = kMaxPermutationSize;
+  module.attr("max_streams") = kMaxStreams;
+
+  module.def(
+      "permutation_cpu",
+      [](uint64_t n, uint64_t seed, uint64_t epoch, int64_t start, int64_t count, uintptr_t out, int num_threads) {
+        py::gil_scoped_release release;
+        permutation_cpu(make_permutation(n, seed, epoch), start, count, pointer<int64_t>(out), num_threads);
+      },
+      py::arg("n"), py::kw_only(), py::arg("seed"), py::arg("epoch"), py::arg("start"), py::arg("count"),
+      py::arg("out"), py::arg("num_threads"));
+
+  // A window gather's addresses, prepared once for a store and reused for every batch.
+  py::class_<WindowGather>(module, "WindowGather")
+      .def(py::init([](uintptr_t codes, int code_bytes, int num_categories, uintptr_t cuts,
+                       const std::array<uintptr_t, 3>& key, uintptr_t limits,
+                       const std::vector<std::array<uintptr_t, 3>>& streams, int src_seq_len, int num_targets,
+                       int out_bytes) {
+             if (streams.size() > kMaxStreams) throw std::invalid_argument("too many streams");
+             WindowGather gather{};
+             gather.codes = pointer<const void>(codes);
+             gather.code_bytes = code_bytes;
+             gather.num_categories = num_categories;
+             gather.cuts = pointer<const int32_t>(cuts);
+             gather.key = entity_index(key);
+             gather.limits = pointer<const int64_t>(limits);
+             gather.num_streams = static_cast<int>(streams.size());
+             for (size_t stream = 0; stream < streams.size(); ++stream) {
+               gather.streams[stream] = entity_index(streams[stream]);
+             }
+             gather.src_seq_len = src_seq_len;
+             gather.num_targets = num_targets;
+             gather.out_bytes = out_bytes;
+             return gather;
+           }),
+           py::kw_only(), py::arg("codes"), py::arg("code_bytes"), py::arg("num_categories"), py::arg("cuts"),
+           py::arg("key"), py::arg("limits"), py::arg("streams"), py::arg("src_seq_len"), py::arg("num_targets"),
+           py::arg("out_bytes"))
+      .def(
+          "cpu",
+          [](const WindowGather& self, uintptr_t anchors, int64_t batch_size, uintptr_t sources, uintptr_t targets,
+             uintptr_t num_labels) {
+            WindowGather gather = self;
+            gather.anchors = pointer<const int64_t>(anchors);
+            gather.batch_size = batch_size;
+            gather.sources = pointer<void>(sources);
+            gather.targets = pointer<void>(targets);
+            py::gil_scoped_release release;
+            gather_windows_cpu(gather, pointer<int64_t>(num_labels));
+          },
+          py::arg("anchors"), py::arg("batch_size"), py::arg("sources"), py::arg("targets"), py::arg("num_labels"))
+#ifdef EVENTKERN_CUDA
+      .def(
+          "cuda",
+          [](const WindowGather& self, uintptr_t anchors, int64_t batch_size, uintptr_t sources, uintptr_t targets,
+             uintptr_t num_labels, int device, uintptr_t stream) {
+            WindowGather gather = self;
+            gather.anchors = pointer<const int64_t>(anchors);
+            gather.batch_size = batch_size;
+            gather.sources = pointer<void>(sources);
+            gather.targets = pointer<void>(targets);
+            py::gil_scoped_release release;
+            gather_windows_cuda(gather, pointer<int64_t>(num_labels), device, pointer<void>(stream));
+          },
+          py::arg("anchors"), py::arg("batch_size"), py::arg("sources"), py::arg("targets"), py::arg("num_labels"),
+          py::arg("device"), py::arg("stream"))
+#endif
+      ;
+
+  module.def(
+      "gather_rows_cpu",
+      [](uintptr_t codes, int code_bytes, int num_categories, uintptr_t rows, int64_t count, uintptr_t out,
+         int out_bytes) {
+        py::gil_scoped_release release;
+        gather_rows_cpu(pointer<const void>(codes), code_bytes, num_categories, pointer<const int64_t>(rows), count,
+                        pointer<void>(out), out_bytes);
+      },
+      py::kw_only(), py::arg("codes"), py::arg("code_bytes"), py::arg("num_categories"), py::arg("rows"),
+      py::arg("count"), py::arg("out"), py::arg("out_bytes"));
+
+#ifdef EVENTKERN_CUDA
+  module.def(
+      "permutation_cuda",
+      [](uint64_t n, uint64_t seed, uint64_t epoch, int64_t start, int64_t count, uintptr_t out, int device,
+         uintptr_t stream) {
+        py::gil_scoped_release release;
+        permutation_cuda(make_permutation(n, seed, epoch), start, count, pointer<int64_t>(out), device,
+                         pointer<void>(stream));
+      },
+      py::arg("n"), py::kw_only(), py::arg("seed"), py::arg("epoch"), py::arg("start"), py::arg("count"),
+      py::arg("out"), py::arg("device"), py::arg("stream"));
+#endif
+}

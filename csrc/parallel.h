@@ -1,0 +1,29 @@
+// Splits ranges and names the instruction sets. Loop bodies stay in the functions that run them: gcc's target_clones
+// reaches code written inside the cloned function, and not a lambda handed to a generic parallel_for.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
+#define EVENTKERN_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define EVENTKERN_CLONES
+#endif
+
+namespace eventkern {
+
+struct Range {
+  int64_t begin;
+  int64_t end;
+};
+
+// The part-th of num_parts nearly equal parts of [0, size), in multiples of grain.
+inline Range split_range(int64_t size, int64_t grain, int part, int num_parts) {
+  const int64_t grains = (size + grain - 1) / grain;
+  const int64_t begin = grains * part / num_parts * grain;
+  const int64_t end = grains * (part + 1) / num_parts * grain;
+  return {std::min(begin, size), std::min(end, size)};
+}
+
+}  // namespace eventkern

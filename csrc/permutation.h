@@ -1,0 +1,78 @@
+// A keyed pseudo-random bijection of [0, n): an alternating Feistel network on the smallest power-of-two domain that
+// holds n, with cycle-walking for the values that fall outside. One definition for host and device (nvcc:
+// --expt-relaxed-constexpr).
+//
+// Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002 (cycle-walking); Luby and Rackoff, SIAM J.
+// Comput. 17(2), 1988 (Feistel rounds); splitmix64 after Steele, Lea and Flood, OOPSLA 2014; round function after
+// MurmurHash3's finaliser (Appleby, 2011).
+#pragma once
+
+#include <bit>
+#include <cstdint>
+
+namespace eventkern {
+
+inline constexpr int kFeistelRounds = 8;
+inline constexpr int64_t kMaxPermutationSize = int64_t{1}
+                                               << 48;  // each half then fits 24 bits, so rounds stay in 32-bit lanes
+
+struct Permutation {
+  uint64_t n;
+  int high_bits;  // low_bits is high_bits or high_bits + 1
+  int low_bits;
+  uint32_t keys[kFeistelRounds];
+};
+
+constexpr uint64_t splitmix64(uint64_t x) {
+  x += 0x9E3779B97F4A7C15ull;
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
+  return x ^ (x >> 31);
+}
+
+// Seed and epoch are hashed one inside the other: added, (seed 1, epoch 0) and (seed 0, epoch 1) would share an order.
+constexpr Permutation make_permutation(uint64_t n, uint64_t seed, uint64_t epoch) {
+  Permutation permutation{};
+  permutation.n = n;
+  const int domain_bits = n > 1 ? std::bit_width(n - 1) : 0;
+  permutation.high_bits = domain_bits / 2;
+  permutation.low_bits = domain_bits - permutation.high_bits;
+  uint64_t state = splitmix64(splitmix64(seed) ^ epoch);
+  for (int round = 0; round < kFeistelRounds; ++round) {
+    state = splitmix64(state);
+    permutation.keys[round] = static_cast<uint32_t>(state >> 32);
+  }
+  return permutation;
+}
+
+// The upper bits of the last product are the well-mixed ones, so a half of `bits` bits is cut from the top.
+constexpr uint32_t feistel_round(uint32_t half, uint32_t key, int bits) {
+  uint32_t hash = (half ^ key) * 0x9E3779B1u;
+  hash = (hash ^ (hash >> 15)) * 0x85EBCA6Bu;
+  hash ^= hash >> 13;
+  return static_cast<uint32_t>((static_cast<uint64_t>(hash) << bits) >> 32);
+}
+
+// One pass through the network: a bijection of [0, 2^(high_bits + low_bits)).
+constexpr uint64_t permute_domain(const Permutation& permutation, uint64_t value) {
+  uint32_t high = static_cast<uint32_t>(value >> permutation.low_bits);
+  uint32_t low = static_cast<uint32_t>(value) & ((1u << permutation.low_bits) - 1);
+#pragma GCC unroll 8
+  for (int round = 0; round < kFeistelRounds; round += 2) {
+    high ^= feistel_round(low, permutation.keys[round], permutation.high_bits);
+    low ^= feistel_round(high, permutation.keys[round + 1], permutation.low_bits);
+  }
+  return (static_cast<uint64_t>(high) << permutation.low_bits) | low;
+}
+
+constexpr uint64_t permute(const Permutation& permutation, uint64_t position) {
+  uint64_t value = permute_domain(permutation, position);
+  while (value >= permutation.n) value = permute_domain(permutation, value);
+  return value;
+}
+
+void permutation_cpu(const Permutation& permutation, int64_t start, int64_t count, int64_t* out, int num_threads);
+void permutation_cuda(const Permutation& permutation, int64_t start, int64_t count, int64_t* out, int device,
+                      void* stream);
+
+}  // namespace eventkern

@@ -1,0 +1,55 @@
+"""What every test needs: poisoned fresh memory, the accuracy judge, and the skip of GPU tests where there is no GPU."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device, and there is none")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill torch.empty with NaN (integers: their largest value), after flash-linear-attention's tests."""
+    real_empty = torch.empty
+
+    def poisoned_empty(*args: Any, **kwargs: Any) -> Tensor:
+        tensor = real_empty(*args, **kwargs)
+        if torch.compiler.is_compiling() or tensor.is_meta or tensor.dtype == torch.bool:
+            return tensor
+        with torch.no_grad():
+            return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+
+    monkeypatch.setattr(torch, "empty", poisoned_empty)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(20131101)
+
+
+@pytest.fixture
+def assert_accurate() -> Callable[..., None]:
+    """Judge a result by a float64 truth: at most 4 times the error of torch's own computation in the same dtype, plus
+    4 ulp of the truth's RMS."""
+
+    def judge(actual: Tensor, same_dtype: Tensor, truth: Tensor) -> None:
+        assert truth.dtype == torch.float64
+        assert actual.dtype == same_dtype.dtype
+        assert actual.shape == same_dtype.shape == truth.shape
+        if truth.numel() == 0:
+            return
+        error = (actual.double() - truth).abs().max().item()
+        own_error = (same_dtype.double() - truth).abs().max().item()
+        floor = 4 * torch.finfo(actual.dtype).eps * truth.square().mean().sqrt().item()
+        assert error <= 4 * own_error + floor, f"error {error:.3e}, torch's own {own_error:.3e}, floor {floor:.3e}"
+
+    return judge
