@@ -1,0 +1,13 @@
+"""Fused ops for models of event sequences. A folder is an op: its reference, its kernels, one public function."""
+
+from eventkern.ops.multi_embedding.api import multi_embedding
+from eventkern.ops.multi_head_cross_entropy.api import multi_head_cross_entropy
+from eventkern.ops.switches import check_inputs, use_reference
+
+__all__ = ["check_inputs", "implementations", "multi_embedding", "multi_head_cross_entropy", "use_reference"]
+
+
+def implementations() -> dict[str, dict[str, str]]:
+    """Which implementation serves each op on each device type: {op: {device type: name}}."""
+    devices = ("cpu", "cuda", "mps")
+    return {op: dict.fromkeys(devices, "reference") for op in ("multi_embedding", "multi_head_cross_entropy")}
