@@ -1,0 +1,74 @@
+"""Multi-head attention on F.scaled_dot_product_attention, with no mask but the causal flag.
+
+Shapes: B batch, T queries, K keys, D model width, N heads, H = D / N.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def _split_heads(states_BTD: Tensor, num_heads: int) -> Tensor:
+    return states_BTD.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+class SelfAttention(nn.Module):
+    """Self-attention with one packed projection for queries, keys and values.
+
+    Args:
+        d_model: D, a multiple of num_heads.
+        num_heads: N.
+        is_causal: position t attends to positions 0..t only.
+
+    Raises:
+        ValueError: num_heads does not divide d_model.
+
+    Source:
+        Vaswani et al., 2017, section 3.2.
+    """
+
+    def __init__(self, d_model: int, num_heads: int, is_causal: bool = False) -> None:
+        super().__init__()
+        _check_heads(d_model, num_heads)
+        self.num_heads = num_heads
+        self.is_causal = is_causal
+        self.qkv = nn.Linear(d_model, 3 * d_model)
+        self.out = nn.Linear(d_model, d_model)
+
+    def forward(self, states_BTD: Tensor) -> Tensor:
+        query, key, value = (_split_heads(part, self.num_heads) for part in self.qkv(states_BTD).chunk(3, dim=-1))
+        attended_BNTH = F.scaled_dot_product_attention(query, key, value, is_causal=self.is_causal)
+        return self.out(attended_BNTH.transpose(1, 2).flatten(-2))
+
+
+class CrossAttention(nn.Module):
+    """Attention from one sequence to the vectors of another, with packed keys and values.
+
+    Args:
+        d_model: D, a multiple of num_heads.
+        num_heads: N.
+
+    Raises:
+        ValueError: num_heads does not divide d_model.
+
+    Source:
+        Vaswani et al., 2017, section 3.2.3.
+    """
+
+    def __init__(self, d_model: int, num_heads: int) -> None:
+        super().__init__()
+        _check_heads(d_model, num_heads)
+        self.num_heads = num_heads
+        self.query = nn.Linear(d_model, d_model)
+        self.key_value = nn.Linear(d_model, 2 * d_model)
+        self.out = nn.Linear(d_model, d_model)
+
+    def forward(self, states_BTD: Tensor, memory_BKD: Tensor) -> Tensor:
+        query = _split_heads(self.query(states_BTD), self.num_heads)
+        key, value = (_split_heads(part, self.num_heads) for part in self.key_value(memory_BKD).chunk(2, dim=-1))
+        attended_BNTH = F.scaled_dot_product_attention(query, key, value)
+        return self.out(attended_BNTH.transpose(1, 2).flatten(-2))
+
+
+def _check_heads(d_model: int, num_heads: int) -> None:
+    if num_heads < 1 or d_model % num_heads:
+        raise ValueError(f"num_heads is {num_heads}; want a divisor of d_model = {d_model}")
