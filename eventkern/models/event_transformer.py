@@ -1,0 +1,222 @@
+"""The multi-stream event transformer.
+
+Each stream (an entity's recent history) is encoded on its own and leaves one vector, its last; a causal decoder with
+cross-attention to those K vectors predicts all categories of the key's next events under teacher forcing.
+
+Shapes: B batch, K streams, S source events, T target events, C categories (= H heads), D model width.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from eventkern.nn import CrossAttention, MultiEmbedding, MultiHeadCrossEntropy, SelfAttention
+
+PADDING_CLASS = 0
+
+
+class EventBatchLike(Protocol):
+    """What the model reads of a batch (eventkern.data.EventBatch is one)."""
+
+    @property
+    def sources(self) -> Tensor: ...
+
+    @property
+    def targets(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class EventTransformerConfig:
+    """Sizes of an event transformer.
+
+    Args:
+        category_names: the C categories, in the order of a batch's columns.
+        category_sizes: classes of each category, padding (0) and missing (1) included.
+        num_streams: K.
+        src_seq_len: S, events of each stream.
+        tgt_seq_len: T, events the decoder predicts.
+        d_model: D, a multiple of num_heads.
+        num_heads: attention heads.
+        encoder_layers: layers of each stream's encoder.
+        decoder_layers: layers of the decoder.
+        dropout: probability at the embeddings and after every attention and feed-forward block; attention weights have
+            none, because flash attention on the CPU has none.
+        positions: "learned" or "sinusoidal" positions, source positions counted back from the anchor.
+    """
+
+    category_names: tuple[str, ...]
+    category_sizes: tuple[int, ...]
+    num_streams: int
+    src_seq_len: int
+    tgt_seq_len: int
+    d_model: int = 64
+    num_heads: int = 8
+    encoder_layers: int = 1
+    decoder_layers: int = 1
+    dropout: float = 0.0
+    positions: Literal["learned", "sinusoidal"] = "learned"
+
+    def __post_init__(self) -> None:
+        if len(self.category_names) != len(self.category_sizes):
+            raise ValueError(
+                f"category_sizes has {len(self.category_sizes)} entries; want {len(self.category_names)}, one each"
+            )
+        for name in (
+            "num_streams",
+            "src_seq_len",
+            "tgt_seq_len",
+            "d_model",
+            "num_heads",
+            "encoder_layers",
+            "decoder_layers",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; want at least 1")
+        if self.d_model % self.num_heads:
+            raise ValueError(f"num_heads is {self.num_heads}; want a divisor of d_model = {self.d_model}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout is {self.dropout}; want a number in [0, 1)")
+        if self.positions not in ("learned", "sinusoidal"):
+            raise ValueError(f"positions is {self.positions!r}; want 'learned' or 'sinusoidal'")
+
+
+def _feed_forward(d_model: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(d_model, 4 * d_model), nn.GELU(), nn.Linear(4 * d_model, d_model))
+
+
+class EncoderLayer(nn.Module):
+    """Pre-norm self-attention and feed-forward."""
+
+    def __init__(self, config: EventTransformerConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.d_model)
+        self.attention = SelfAttention(config.d_model, config.num_heads)
+        self.feed_forward_norm = nn.LayerNorm(config.d_model)
+        self.feed_forward = _feed_forward(config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, states_BSD: Tensor) -> Tensor:
+        states_BSD = states_BSD + self.dropout(self.attention(self.attention_norm(states_BSD)))
+        return states_BSD + self.dropout(self.feed_forward(self.feed_forward_norm(states_BSD)))
+
+
+class StreamEncoder(nn.Module):
+    """The encoder of one stream: its events to its last vector."""
+
+    def __init__(self, config: EventTransformerConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
+        self.norm = nn.LayerNorm(config.d_model)
+
+    def forward(self, states_BSD: Tensor) -> Tensor:
+        for layer in self.layers:
+            states_BSD = layer(states_BSD)
+        return self.norm(states_BSD[:, -1])
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm causal self-attention, cross-attention to the streams' vectors, and feed-forward."""
+
+    def __init__(self, config: EventTransformerConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.d_model)
+        self.attention = SelfAttention(config.d_model, config.num_heads, is_causal=True)
+        self.cross_attention_norm = nn.LayerNorm(config.d_model)
+        self.cross_attention = CrossAttention(config.d_model, config.num_heads)
+        self.feed_forward_norm = nn.LayerNorm(config.d_model)
+        self.feed_forward = _feed_forward(config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, states_BTD: Tensor, memory_BKD: Tensor) -> Tensor:
+        states_BTD = states_BTD + self.dropout(self.attention(self.attention_norm(states_BTD)))
+        states_BTD = states_BTD + self.dropout(self.cross_attention(self.cross_attention_norm(states_BTD), memory_BKD))
+        return states_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(states_BTD)))
+
+
+class Positions(nn.Module):
+    """A (length, D) table added to embeddings: a parameter, or the sines of Vaswani et al., 2017, section 3.5."""
+
+    def __init__(self, length: int, d_model: int, kind: str) -> None:
+        super().__init__()
+        if kind == "learned":
+            self.table = nn.Parameter(torch.empty(length, d_model).normal_(std=0.02))
+        else:
+            self.register_buffer("table", _sinusoids(length, d_model), persistent=False)
+
+    def forward(self, states_BLD: Tensor) -> Tensor:
+        return states_BLD + self.table[: states_BLD.shape[-2]]
+
+
+def _sinusoids(length: int, d_model: int) -> Tensor:
+    positions = torch.arange(length, dtype=torch.float32)[:, None]
+    columns = torch.arange(d_model)
+    angles = positions * 10_000.0 ** (-(columns - columns % 2) / d_model)
+    return torch.where(columns % 2 == 0, angles.sin(), angles.cos())
+
+
+class EventTransformer(nn.Module):
+    """A multi-stream encoder-decoder over events; forward gives one loss per category.
+
+    Args:
+        config: the sizes.
+
+    Attributes:
+        head_names: the C category names, in the order of the losses.
+    """
+
+    def __init__(self, config: EventTransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.head_names = config.category_names
+        self.embedding = MultiEmbedding(config.category_sizes, config.d_model)
+        self.source_positions = Positions(config.src_seq_len, config.d_model, config.positions)
+        self.target_positions = Positions(config.tgt_seq_len, config.d_model, config.positions)
+        self.encoders = nn.ModuleList(StreamEncoder(config) for _ in range(config.num_streams))
+        self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
+        self.norm = nn.LayerNorm(config.d_model)
+        self.heads = MultiHeadCrossEntropy(config.d_model, config.category_sizes, ignore_index=PADDING_CLASS)
+        self.dropout = nn.Dropout(config.dropout)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        # N(0, 0.02^2), residual outputs shrunk by the number of residual additions: GPT-2 (Radford et al., 2019).
+        additions = 2 * self.config.encoder_layers + 3 * self.config.decoder_layers
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                is_residual = name.endswith((".out", ".feed_forward.2"))
+                nn.init.normal_(module.weight, std=0.02 * (additions**-0.5 if is_residual else 1.0))
+                nn.init.zeros_(module.bias)
+
+    def encode(self, sources_BKSC: Tensor) -> Tensor:
+        """Source events (B, K, S, C) to the streams' last vectors, memory (B, K, D)."""
+        states_BKSD = self.dropout(self.source_positions(self.embedding(sources_BKSC)))
+        vectors = [encoder(states_BKSD[:, stream]) for stream, encoder in enumerate(self.encoders)]
+        return torch.stack(vectors, dim=1)
+
+    def decode(self, events_BTC: Tensor, memory_BKD: Tensor) -> Tensor:
+        """Events 0..T-1 (B, T, C) and memory (B, K, D) to the states (B, T, D) that predict events 1..T."""
+        states_BTD = self.dropout(self.target_positions(self.embedding(events_BTC)))
+        for layer in self.decoder:
+            states_BTD = layer(states_BTD, memory_BKD)
+        return self.norm(states_BTD)
+
+    def forward(self, batch: EventBatchLike) -> Tensor:
+        """The (H,) float32 losses: per category, the mean in nats over the labels that are not padding."""
+        states_BTD = self.decode(batch.targets[:, :-1], self.encode(batch.sources))
+        return self.heads(states_BTD, batch.targets[:, 1:])
+
+    @torch.no_grad()
+    def metrics(self, batch: EventBatchLike) -> dict[str, Tensor]:
+        """{"loss": (H,) nats, "top1": (H,) share}, each a mean over the batch's labels that are not padding."""
+        states_BTD = self.decode(batch.targets[:, :-1], self.encode(batch.sources))
+        labels_BTC = batch.targets[:, 1:]
+        num_labels = (labels_BTC != PADDING_CLASS).sum((0, 1)).clamp(min=1)
+        hits = [
+            (self.heads.logits(states_BTD, head).argmax(-1) == labels_BTC[..., head])
+            & (labels_BTC[..., head] != PADDING_CLASS)
+            for head in range(len(self.head_names))
+        ]
+        top1 = torch.stack([hit.sum() for hit in hits]) / num_labels
+        return {"loss": self.heads(states_BTD, labels_BTC), "top1": top1}

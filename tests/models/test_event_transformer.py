@@ -1,0 +1,169 @@
+"""EventTransformer: what each output depends on, its losses and metrics, its first loss, and torch.compile."""
+
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eventkern.models import EventTransformer, EventTransformerConfig
+
+SIZES = (5, 40, 300)
+CONFIG = EventTransformerConfig(
+    category_names=("kind", "place", "actor"), category_sizes=SIZES, num_streams=3, src_seq_len=7, tgt_seq_len=6,
+    d_model=32, num_heads=4, encoder_layers=2, decoder_layers=2,
+)  # fmt: skip
+
+
+@dataclass
+class Batch:
+    sources: Tensor
+    targets: Tensor
+
+
+def random_batch(config: EventTransformerConfig, generator: torch.Generator, batch_size: int = 4) -> Batch:
+    def events(*shape: int) -> Tensor:
+        columns = [torch.randint(2, size, shape, generator=generator) for size in config.category_sizes]
+        return torch.stack(columns, -1).int()
+
+    return Batch(events(batch_size, config.num_streams, config.src_seq_len), events(batch_size, config.tgt_seq_len + 1))
+
+
+@pytest.fixture
+def model() -> EventTransformer:
+    torch.manual_seed(1)
+    return EventTransformer(CONFIG)
+
+
+def spread_out(model: EventTransformer) -> EventTransformer:
+    """Weights large enough that every dependence shows."""
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
+def test_the_first_loss_is_the_sum_of_ln_classes(positions, generator):
+    torch.manual_seed(1)
+    sizes = (1000,) * 17
+    names = tuple(f"c{i}" for i in range(17))
+    config = replace(
+        CONFIG, category_names=names, category_sizes=sizes, d_model=64, num_heads=8, encoder_layers=3, decoder_layers=5,
+        positions=positions,
+    )  # fmt: skip
+    loss = EventTransformer(config)(random_batch(config, generator)).sum().item()
+    assert abs(loss / (17 * math.log(1000)) - 1) < 0.05
+
+
+def test_a_state_depends_on_earlier_events_alone_and_on_all_of_them(model, generator):
+    model, batch = spread_out(model), random_batch(CONFIG, generator)
+    with torch.no_grad():
+        memory = model.encode(batch.sources)
+        states = model.decode(batch.targets[:, :-1], memory)
+        for position in range(CONFIG.tgt_seq_len):
+            changed = batch.targets[:, :-1].clone()
+            changed[:, position] = (changed[:, position] + 1) % 5
+            moved = (model.decode(changed, memory) - states).abs().amax((0, 2)) > 1e-6
+            assert moved.tolist() == [step >= position for step in range(CONFIG.tgt_seq_len)]
+
+
+def test_every_source_event_of_every_stream_moves_its_own_vector_alone(model, generator):
+    model, batch = spread_out(model), random_batch(CONFIG, generator)
+    with torch.no_grad():
+        memory = model.encode(batch.sources)
+        for stream in range(CONFIG.num_streams):
+            for position in range(CONFIG.src_seq_len):
+                changed = batch.sources.clone()
+                changed[:, stream, position] = (changed[:, stream, position] + 1) % 5
+                moved = (model.encode(changed) - memory).abs().amax((0, 2)) > 1e-6
+                assert moved.tolist() == [other == stream for other in range(CONFIG.num_streams)]
+
+
+def test_padding_is_a_learned_event(model, generator):
+    batch = random_batch(CONFIG, generator)
+    batch.sources[:, 0, :5] = 0
+    model(batch).sum().backward()
+    for category, size in enumerate(SIZES):
+        first = sum(SIZES[:category])
+        assert model.embedding.weight.grad[first].abs().sum() > 0, (category, size)
+
+
+def test_losses_are_means_over_labels_that_are_not_padding(model, generator):
+    model, batch = spread_out(model), random_batch(CONFIG, generator)
+    batch.targets[0, 3:] = 0
+    batch.targets[2, 1:] = 0
+    losses = model(batch)
+    states = model.decode(batch.targets[:, :-1], model.encode(batch.sources))
+    for head in range(len(SIZES)):
+        labels = batch.targets[:, 1:, head].long()
+        loss = F.cross_entropy(model.heads.logits(states, head).movedim(-1, 1), labels, reduction="none")
+        expected = loss[labels != 0].mean()
+        torch.testing.assert_close(losses[head], expected)
+    assert losses.dtype == torch.float32
+
+
+def test_metrics_are_the_losses_and_the_share_of_hits(model, generator):
+    model, batch = spread_out(model), random_batch(CONFIG, generator)
+    batch.targets[1, 4:] = 0
+    metrics = model.metrics(batch)
+    torch.testing.assert_close(metrics["loss"], model(batch).detach())
+    states = model.decode(batch.targets[:, :-1], model.encode(batch.sources))
+    for head in range(len(SIZES)):
+        labels = batch.targets[:, 1:, head]
+        hits = model.heads.logits(states, head).argmax(-1)[labels != 0] == labels[labels != 0]
+        torch.testing.assert_close(metrics["top1"][head], hits.float().mean())
+    assert not metrics["loss"].requires_grad
+
+
+def test_it_learns_a_batch_by_heart(model, generator):
+    batch = random_batch(CONFIG, generator)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = model(batch).sum()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1
+    assert model.metrics(batch)["top1"].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_compiled_equals_eager_forward_and_backward(model, generator):
+    batch = random_batch(CONFIG, generator)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda sources, targets: model(Batch(sources, targets)), fullgraph=True)
+    results = []
+    for function in (lambda sources, targets: model(Batch(sources, targets)), compiled):
+        model.zero_grad()
+        losses = function(batch.sources, batch.targets)
+        losses.sum().backward()
+        results.append((losses.detach(), model.embedding.weight.grad.clone()))
+    for eager, lowered in zip(*results, strict=True):
+        torch.testing.assert_close(lowered, eager, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"category_sizes": (5, 40)}, "category_sizes has 2 entries; want 3"),
+        ({"num_heads": 5}, "num_heads is 5; want a divisor of d_model = 32"),
+        ({"encoder_layers": 0}, "encoder_layers is 0; want at least 1"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"positions": "rotary"}, "positions is 'rotary'"),
+    ],
+)
+def test_a_wrong_size_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(CONFIG, **change)
+
+
+def test_dropout_acts_in_training_alone(generator):
+    torch.manual_seed(1)
+    model, batch = EventTransformer(replace(CONFIG, dropout=0.5)), random_batch(CONFIG, generator)
+    spread_out(model)
+    assert not model(batch).equal(model(batch))
+    model.eval()
+    assert model(batch).equal(model(batch))
