@@ -1,0 +1,19 @@
+"""Schema, store, sampler and loader of event tables."""
+
+from eventkern.data.loader import EventBatch, EventLoader
+from eventkern.data.sampler import IndexSampler, permutation
+from eventkern.data.schema import Category, DataError, Schema, Stream
+from eventkern.data.store import EntityIndex, EventStore
+
+__all__ = [
+    "Category",
+    "DataError",
+    "EntityIndex",
+    "EventBatch",
+    "EventLoader",
+    "EventStore",
+    "IndexSampler",
+    "Schema",
+    "Stream",
+    "permutation",
+]

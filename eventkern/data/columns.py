@@ -1,0 +1,156 @@
+"""Arrow columns, typed or text, read as instants, numbers, flags and identifiers; what cannot be is told by row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from eventkern.data.schema import DataError
+
+HAS_ZONE = r"[T ]\d{2}.*(Z|[+-]\d{2}(:?\d{2})?)$"
+FALSE_TEXTS = ("0", "false", "no", "0.0")
+TRUE_TEXTS = ("1", "true", "yes", "1.0")
+WALL_CLOCK = pa.timestamp("ns")
+INSTANT = pa.timestamp("ns", "UTC")
+
+
+@dataclass(frozen=True)
+class Times:
+    """Instants and the wall clock in the schema's time zone; null where missing or bad.
+
+    Attributes:
+        instants: timestamp[ns, UTC].
+        wall: timestamp[ns], the local wall clock.
+        bad: rows whose value is no timestamp, ascending.
+    """
+
+    instants: pa.Array
+    wall: pa.Array
+    bad: list[int]
+
+
+def read_times(array: pa.Array, timezone: str) -> Times:
+    """Read timestamps, dates, or ISO 8601 text.
+
+    Values without a zone are wall-clock times in `timezone`; of two instants with one wall clock (the hour that is
+    repeated in autumn) the earlier is meant, and a time that the clock leaps over stands for the end of the leap.
+    """
+    array = _plain(array)
+    if pa.types.is_timestamp(array.type):
+        return _localized(*_cast_each(array, WALL_CLOCK if array.type.tz is None else INSTANT), timezone)
+    if pa.types.is_date(array.type):
+        return _localized(*_cast_each(array, WALL_CLOCK), timezone)
+    if not pa.types.is_string(array.type):
+        raise DataError(f"holds {array.type}; give timestamps, dates or ISO 8601 text")
+    zoned = pc.match_substring_regex(array, HAS_ZONE)
+    if not pc.any(zoned).as_py():
+        return _localized(*_cast_each(array, WALL_CLOCK), timezone)
+    absent = pa.scalar(None, pa.string())
+    with_zone = _localized(*_cast_each(pc.if_else(zoned, array, absent), INSTANT), timezone)
+    without = _localized(*_cast_each(pc.if_else(zoned, absent, array), WALL_CLOCK), timezone)
+    return Times(
+        pc.coalesce(with_zone.instants, without.instants),
+        pc.coalesce(with_zone.wall, without.wall),
+        sorted(with_zone.bad + without.bad),
+    )
+
+
+def read_numbers(array: pa.Array) -> tuple[NDArray[np.float64], list[int]]:
+    """Numbers as float64, NaN where missing; the bad rows are no numbers, or infinite."""
+    array = _plain(array)
+    if pa.types.is_string(array.type):
+        numbers, bad = _cast_each(array, pa.float64())
+    elif pa.types.is_integer(array.type) or pa.types.is_floating(array.type) or pa.types.is_decimal(array.type):
+        numbers, bad = array.cast(pa.float64(), safe=False), []
+    else:
+        raise DataError(f"holds {array.type}; give numbers")
+    values = numbers.fill_null(np.nan).to_numpy(zero_copy_only=False)
+    return values, sorted({*bad, *np.flatnonzero(np.isinf(values)).tolist()})
+
+
+def read_flags(array: pa.Array) -> tuple[NDArray[np.int16], list[int]]:
+    """Flags as 0 and 1, -1 where missing; the bad rows are neither false nor true."""
+    array = _plain(array)
+    if pa.types.is_boolean(array.type):
+        return _filled(array.cast(pa.int16())), []
+    if pa.types.is_string(array.type):
+        text = pc.utf8_lower(array)
+    elif pa.types.is_integer(array.type) or pa.types.is_floating(array.type):
+        text = _identifier_text(array)
+    else:
+        raise DataError(f"holds {array.type}; give booleans, 0 and 1, or true and false")
+    known = pc.index_in(text, pa.array(FALSE_TEXTS + TRUE_TEXTS))
+    flags = pc.greater_equal(known, len(FALSE_TEXTS)).cast(pa.int16())
+    bad = np.flatnonzero(pc.and_(text.is_valid(), pc.is_null(known)).to_numpy(zero_copy_only=False))
+    return _filled(flags), bad.tolist()
+
+
+def read_identifiers(array: pa.Array) -> pa.Array:
+    """Identifiers as text, null where missing; an integer reads the same from an integer and from a float column."""
+    array = _plain(array, trim=False)
+    if pa.types.is_nested(array.type):
+        raise DataError(f"holds {array.type}; give integers or text")
+    return _identifier_text(array)
+
+
+def field_of(wall: pa.Array, name: str) -> NDArray[np.int16]:
+    """A calendar field of wall-clock times (Monday is weekday 0), -1 where missing."""
+    compute = {"weekday": pc.day_of_week}.get(name) or getattr(pc, name)
+    return _filled(compute(wall).cast(pa.int16()))
+
+
+def nanoseconds(instants: pa.Array) -> NDArray[np.int64]:
+    """Instants as nanoseconds since 1970; none may be null."""
+    return np.asarray(instants.cast(pa.int64()).to_numpy(zero_copy_only=False))
+
+
+def _plain(array: pa.Array, trim: bool = True) -> pa.Array:
+    """Without dictionaries, of one text type, and with null for empty text; trimmed of spaces."""
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    if pa.types.is_null(array.type):
+        array = array.cast(pa.string())
+    if pa.types.is_large_string(array.type) or pa.types.is_string_view(array.type):
+        array = array.cast(pa.string())
+    if pa.types.is_string(array.type):
+        array = pc.utf8_trim_whitespace(array) if trim else array
+        array = pc.if_else(pc.equal(pc.binary_length(array), 0), pa.scalar(None, pa.string()), array)
+    return array
+
+
+def _identifier_text(array: pa.Array) -> pa.Array:
+    if pa.types.is_floating(array.type):
+        array = pc.if_else(pc.is_nan(array), pa.scalar(None, array.type), array)
+        whole = array.cast(pa.int64(), safe=False)
+        if pc.all(pc.equal(whole.cast(array.type, safe=False), array), min_count=0).as_py():
+            array = whole
+    return array if pa.types.is_string(array.type) else array.cast(pa.string())
+
+
+def _filled(array: pa.Array) -> NDArray[np.int16]:
+    return np.asarray(array.fill_null(-1).to_numpy(zero_copy_only=False))
+
+
+def _localized(times: pa.Array, bad: list[int], timezone: str) -> Times:
+    if times.type.tz is None:
+        instants = pc.assume_timezone(times, timezone, ambiguous="earliest", nonexistent="latest")
+        return Times(instants.cast(INSTANT), times, bad)
+    return Times(times, pc.local_timestamp(times.cast(pa.timestamp("ns", timezone))), bad)
+
+
+def _cast_each(array: pa.Array, target: Any) -> tuple[pa.Array, list[int]]:
+    """Cast every value that can be; null, and named by row, what cannot. Halving finds the bad rows quickly."""
+    try:
+        return array.cast(target), []
+    except pa.ArrowInvalid:
+        if len(array) == 1:
+            return pa.nulls(1, target), [0]
+    half = len(array) // 2
+    left, left_bad = _cast_each(array[:half], target)
+    right, right_bad = _cast_each(array[half:], target)
+    return pa.concat_arrays([left, right]), left_bad + [half + row for row in right_bad]

@@ -1,0 +1,137 @@
+"""Prepare: a table of events becomes a store, in bounded memory and in one step that happens wholly or not at all.
+
+The first pass spills every column as numbers to files (`ingest`); classes are fitted on the training period alone
+(`vocabulary`); the second pass writes the rows in time order (`encode`). Memory: at most 32 bytes an event (the sort of
+the timestamps takes them), the distinct values of `id` columns, and one batch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from eventkern.data.encode import write_binary
+from eventkern.data.ingest import Spill, ingest
+from eventkern.data.report import PrepareReport, progress_bar
+from eventkern.data.schema import DataError, Schema
+from eventkern.data.source import source_files
+from eventkern.data.store import FORMAT, EventStore, floor_key
+
+Floor = Mapping[int, Sequence[float]] | Callable[[EventStore], Mapping[int, Sequence[float]]]
+
+
+def prepare(
+    source: str | Path,
+    schema: Schema,
+    out: str | Path,
+    *,
+    on_error: Literal["raise", "skip"] = "raise",
+    progress: bool = True,
+    floor: Floor | None = None,
+    overwrite: bool = False,
+) -> PrepareReport:
+    """Convert a table of events into a store.
+
+    Rows are ordered by (timestamp, source row). Vocabularies and bin edges see the rows before the split only; the
+    years of a `year` category are those of the whole table.
+
+    Args:
+        source: a CSV file, a Parquet file, or a folder of either.
+        schema: what the columns mean.
+        out: folder of the store to write; absent, empty, or with `overwrite` a store.
+        on_error: "raise" stops at the first row that cannot be read; "skip" leaves it out, counts and lists it.
+        progress: draw a progress bar on a terminal.
+        floor: known entropy of each category in nats by id_category_size, in the order of the categories; or a function
+            that computes it from the finished store, before that appears at `out`.
+        overwrite: replace a store that is already there.
+
+    Returns:
+        What was done.
+
+    Raises:
+        DataError: a file, column, row or split that does not fit, in one line with its place and mend. Nothing is left
+            then, nor after an interruption; a process that is killed leaves a hidden `.NAME.preparing-*` beside `out`.
+    """
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error is {on_error!r}; give 'raise' or 'skip'")
+    started = time.perf_counter()
+    files = source_files(source, schema.columns)
+    with _published(Path(out), overwrite) as folder, progress_bar(progress) as watch:
+        spill = Spill(folder / "spill")
+        try:
+            ingested = ingest(files, schema, spill, on_error, partial(watch, "reading"))
+            info = write_binary(ingested, schema, folder / "store.bin", watch)
+        finally:
+            spill.close()
+        shutil.rmtree(folder / "spill")
+        _sync(folder / "store.bin")
+        skipped = ingested.skipped.count
+        info["counts"] = {"rows_read": ingested.num_events + skipped, "rows_skipped": skipped, **info["counts"]}
+        info = {"format": FORMAT, "eventkern_version": metadata.version("eventkern"), "source": str(source), **info}
+        _write_info(folder, info)
+        if floor is not None:
+            floors = floor(EventStore.open(folder)) if callable(floor) else floor
+            info["floor"] = _checked_floor(floors, info)
+            _write_info(folder, info)
+    return PrepareReport(Path(out), info, tuple(ingested.skipped.listed), time.perf_counter() - started)
+
+
+@contextmanager
+def _published(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its place when the block ends well, and vanishes when it does not."""
+    is_empty = out.is_dir() and not any(out.iterdir())
+    if (out.exists() or out.is_symlink()) and not is_empty:
+        if not (out / "store.json").is_file():
+            raise DataError(f"{out}: exists and is no event store; choose another folder, or move it away")
+        if not overwrite:
+            raise DataError(f"{out}: a store is already there; choose another folder, or overwrite it (--overwrite)")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.preparing-", dir=out.parent))
+    replaced = folder / "replaced"
+    try:
+        made = folder / "store"
+        made.mkdir()
+        yield made
+        _sync(made)
+        if out.exists():
+            out.rename(replaced)
+        try:
+            made.rename(out)
+        except BaseException:
+            if replaced.exists():
+                replaced.rename(out)
+            raise
+        _sync(out.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or a folder's entries are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_info(folder: Path, info: dict[str, Any]) -> None:
+    file = folder / "store.json"
+    file.write_text(json.dumps(info, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    _sync(file)
+
+
+def _checked_floor(floors: Mapping[int, Sequence[float]], info: dict[str, Any]) -> dict[str, list[float]]:
+    for size, values in floors.items():
+        if len(values) != len(info["categories"]):
+            raise ValueError(f"floor[{size}] holds {len(values)} values for {len(info['categories'])} categories")
+    return {str(floor_key(info, size)): [float(value) for value in values] for size, values in floors.items()}

@@ -1,0 +1,334 @@
+"""Events as fixed-width integer rows in one memory-mapped file, with an index of rows per entity.
+
+A store is a folder of two files. `store.bin` holds page-aligned sections, listed in `store.json`:
+
+    codes                 (N, C) uint8 | uint16 | int32   full class of every category, rows in time order
+    timestamps            (N,) int64                      nanoseconds since 1970, UTC
+    entity_of_row:<E>     (N,) int32                      number of the row's entity of category E, -1 where missing
+    offsets:<E>           (entities + 1,) int64           entity e owns rows[offsets[e] : offsets[e + 1]]
+    rows:<E>              (rows with an entity,) int64    rows grouped by entity, in time order within each
+
+for each category E that is the key or owns a stream. An entity is an actual value, also one without a class of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from eventkern import _C
+from eventkern.data.schema import DataError, Schema
+
+FORMAT = "eventkern event store"
+FORMAT_VERSION = 1
+PAGE_BYTES = 4096
+BLOCK_ROWS = 1 << 14
+CHECKED_AT_OPEN_BYTES = 1 << 28
+"""Codes are compared with their sizes when a store opens, up to this many bytes (256 MiB); `verify=True` reads all."""
+
+Split = Literal["train", "validation"]
+PADDING, MISSING = "(padding)", "(missing)"
+
+
+@dataclass(frozen=True)
+class EntityIndex:
+    """Rows of each entity: entity e owns rows[offsets[e] : offsets[e + 1]], in time order.
+
+    Args:
+        entity_of_row: (N,) int32, -1 where the row has no entity.
+        offsets: (entities + 1,) int64.
+        rows: (M,) int64, M the rows that have an entity.
+    """
+
+    entity_of_row: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    rows: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Section:
+    """Where an array lies in store.bin."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def num_bytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+    def map(self, file: Path, mode: Literal["r", "r+"] = "r") -> NDArray[Any]:
+        """The section as an array over the file's pages."""
+        if self.num_bytes == 0:  # an empty range cannot be mapped
+            return np.empty(self.shape, self.dtype)
+        return np.memmap(file, self.dtype, mode, self.offset, self.shape)
+
+
+class EventStore:
+    """A prepared table of events; open it with `EventStore.open`.
+
+    Attributes:
+        path: the store's folder.
+        schema: the schema that it was prepared with.
+        info: the parsed store.json.
+        num_events: N.
+        codes: (N, C) memory map; class 0 padding, 1 missing or out-of-vocabulary, real classes from 2.
+        timestamps: (N,) int64 memory map, nanoseconds since 1970 in UTC, never decreasing.
+        class_sizes: classes of each category, 0 and 1 included, before any `id_category_size`.
+        split_row: rows before it are the training period.
+    """
+
+    def __init__(self, path: Path, info: dict[str, Any]) -> None:
+        self.path = path
+        self.info = info
+        self.schema = Schema.from_dict(info["schema"])
+        self.num_events = int(info["num_events"])
+        self.split_row = int(info["split_row"])
+        self.class_sizes = tuple(int(category["size"]) for category in info["categories"])
+        self.sections = {
+            section["name"]: Section(section["name"], section["dtype"], tuple(section["shape"]), section["offset"])
+            for section in info["sections"]
+        }
+        self._arrays: dict[str, NDArray[Any]] = {}
+        self._indexes: dict[str, EntityIndex] = {}
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: bool = False) -> EventStore:
+        """Open a store by mapping it.
+
+        Args:
+            path: the folder that prepare wrote.
+            verify: also read the whole of store.bin, compare its checksum and check every code.
+
+        Raises:
+            DataError: no store there, another format version, damaged or truncated files, or a code at or above its
+                category's size; one line that names the file and the mend.
+        """
+        folder = Path(path)
+        again = "prepare the store again"
+        try:
+            store = cls(folder, _read_info(folder))
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{folder / 'store.json'}: damaged ({error}); {again}") from error
+        binary = folder / "store.bin"
+        if not binary.is_file():
+            raise DataError(f"{binary}: no such file; {again}")
+        held, wanted = binary.stat().st_size, store.info["file_bytes"]
+        if held != wanted or any(s.offset + s.num_bytes > wanted for s in store.sections.values()):
+            raise DataError(
+                f"{binary}: holds {held} bytes where store.json says {wanted}: truncated or damaged; {again}"
+            )
+        store._check_codes(store.num_events if verify else CHECKED_AT_OPEN_BYTES // store.codes[:1].nbytes)
+        if store.info["checksum"]["sizes"] != sizes_checksum(store.info):
+            raise DataError(f"{folder / 'store.json'}: its sizes were changed after it was written; {again}")
+        if verify and store.info["checksum"]["store.bin"] != file_checksum(binary):
+            raise DataError(f"{binary}: its checksum differs from the one in store.json: damaged; {again}")
+        return store
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return EventStore.open, (self.path,)  # a copy in another process maps the file; it does not carry the rows
+
+    @property
+    def codes(self) -> NDArray[Any]:
+        return self._map("codes")
+
+    @property
+    def timestamps(self) -> NDArray[np.int64]:
+        return self._map("timestamps")
+
+    def index(self, entity: str) -> EntityIndex:
+        """The rows of each entity of a category that is the key or owns a stream."""
+        if entity not in self.schema.entities:
+            known = ", ".join(self.schema.entities)
+            raise ValueError(f"entity is {entity!r}, which owns no sequence in {self.path}; use one of: {known}")
+        if entity not in self._indexes:
+            parts = (self._map(f"{part}:{entity}") for part in ("entity_of_row", "offsets", "rows"))
+            self._indexes[entity] = EntityIndex(*parts)
+        return self._indexes[entity]
+
+    def sizes(self, id_category_size: int) -> tuple[int, ...]:
+        """Classes of each category under a limit; a code at or above its category's size reads 1.
+
+        Args:
+            id_category_size: most classes of an `id` category, 0 and 1 included; with `uniform_sizes` of every category
+                exactly. At least 2.
+        """
+        if id_category_size < 2:
+            raise ValueError(f"id_category_size is {id_category_size}; it counts classes 0 and 1, so give at least 2")
+        if self.schema.uniform_sizes:
+            return (id_category_size,) * len(self.class_sizes)
+        return tuple(
+            min(size, id_category_size) if category.kind == "id" else size
+            for category, size in zip(self.schema.categories, self.class_sizes, strict=True)
+        )
+
+    def rows(self, indices: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Gather rows of full classes.
+
+        Args:
+            indices: int64 of any shape, each in [0, num_events).
+            out: int32 or int64 of shape (*indices.shape, C), to write into; a new int32 tensor unless given.
+
+        Returns:
+            (*indices.shape, C) int32, or `out`.
+
+        Raises:
+            IndexError: an index outside the store; names it.
+        """
+        if indices.dtype != torch.int64:
+            raise TypeError(f"indices are {indices.dtype}; give torch.int64")
+        if indices.device.type != "cpu":
+            raise ValueError(f"indices are on {indices.device}; give them on the CPU, where the store is mapped")
+        flat = indices.reshape(-1).contiguous()
+        is_outside = (flat < 0) | (flat >= self.num_events)
+        if is_outside.any():
+            raise IndexError(f"indices hold {flat[is_outside][0]}, but {self.path} has {self.num_events} events")
+        shape = (*indices.shape, len(self.class_sizes))
+        if out is None:
+            out = torch.empty(shape, dtype=torch.int32)
+        elif out.shape != shape or out.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"out is {tuple(out.shape)} {out.dtype}; give {shape} of torch.int32 or torch.int64")
+        elif out.device.type != "cpu" or not out.is_contiguous():
+            raise ValueError(f"out is on {out.device} with strides {out.stride()}; give a contiguous CPU tensor")
+        _C.gather_rows_cpu(
+            codes=self.codes.ctypes.data,
+            code_bytes=self.codes.itemsize,
+            num_categories=len(self.class_sizes),
+            rows=flat.data_ptr(),
+            count=len(flat),
+            out=out.data_ptr(),
+            out_bytes=out.itemsize,
+        )
+        return out
+
+    def anchors(self, split: Split, tgt_seq_len: int) -> NDArray[np.int64]:
+        """Where windows begin: positions p into index(key).rows, ascending; the anchor event is rows[p].
+
+        "train": every event whose successor of the same key lies in the training period. "validation": for each key its
+        last training event (its first event where it has none), then every `tgt_seq_len` positions while the anchor has
+        a successor, so that every validation event with a predecessor is a label exactly once.
+        """
+        if tgt_seq_len < 1:
+            raise ValueError(f"tgt_seq_len is {tgt_seq_len}; give at least 1")
+        starts, ends = self.index(self.schema.key).offsets[:-1], self.limits(split)
+        if split == "validation":
+            starts = np.maximum(starts, self.limits("train") - 1)
+        step = 1 if split == "train" else tgt_seq_len
+        # A key with n labels from its first anchor on has ceil(n / step) anchors.
+        counts = -(-np.maximum(ends - starts - 1, 0) // step)
+        first = np.repeat(starts, counts)
+        number = np.arange(counts.sum(), dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts)
+        return np.asarray(first + number * step)
+
+    def limits(self, split: Split) -> NDArray[np.int64]:
+        """(keys,) int64: the position in index(key).rows where each key's events of a split end (exclusive)."""
+        index = self.index(self.schema.key)
+        if split == "validation":
+            return np.asarray(index.offsets[1:])
+        if split != "train":
+            raise ValueError(f"split is {split!r}; give 'train' or 'validation'")
+        training = np.zeros(len(index.offsets) - 1, np.int64)
+        for start in range(0, self.split_row, BLOCK_ROWS):
+            numbers = index.entity_of_row[start : min(start + BLOCK_ROWS, self.split_row)]
+            training += np.bincount(numbers[numbers >= 0], minlength=len(training))
+        return np.asarray(index.offsets[:-1] + training)
+
+    def floor(self, id_category_size: int) -> NDArray[np.float64] | None:
+        """(C,) known entropy of each category given the past, in nats; None where it is not known for this size."""
+        floors = self.info.get("floor") or {}
+        values = floors.get(str(floor_key(self.info, id_category_size)))
+        return None if values is None else np.array(values, np.float64)
+
+    def decode(self, category: str, code: int) -> str:
+        """The value that a full class stands for; for `bins` its interval."""
+        names = (PADDING, MISSING, *self.info["categories"][self.schema.category_names.index(category)]["values"])
+        if not 0 <= code < len(names):
+            raise IndexError(f"code is {code}, but category {category!r} has {len(names)} classes")
+        return str(names[code])
+
+    def _map(self, name: str) -> NDArray[Any]:
+        if name not in self._arrays:
+            self._arrays[name] = self.sections[name].map(self.path / "store.bin")
+        return self._arrays[name]
+
+    def _check_codes(self, most_rows: int) -> None:
+        for start in range(0, min(self.num_events, most_rows), BLOCK_ROWS):
+            block = self.codes[start : start + BLOCK_ROWS]
+            above = (block.max(axis=0) >= self.class_sizes) | (block.min(axis=0) < 0)
+            if above.any():
+                column = int(above.argmax())
+                bad = (block[:, column] >= self.class_sizes[column]) | (block[:, column] < 0)
+                row = start + int(bad.argmax())
+                raise DataError(
+                    f"{self.path / 'store.bin'}: row {row} holds code {self.codes[row, column]} in category "
+                    f"{self.schema.category_names[column]!r}, which has {self.class_sizes[column]} classes; "
+                    "prepare the store again"
+                )
+
+
+def floor_key(info: dict[str, Any], id_category_size: int) -> int:
+    """Sizes beyond the largest category cut nothing, so they share one floor."""
+    return min(id_category_size, max(int(category["size"]) for category in info["categories"]))
+
+
+def sizes_checksum(info: dict[str, Any]) -> str:
+    """SHA-256 of what the reading of store.bin depends on."""
+    read = {key: info[key] for key in ("format_version", "num_events", "split_row", "sections", "file_bytes", "schema")}
+    read["sizes"] = [category["size"] for category in info["categories"]]
+    return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
+
+
+def file_checksum(file: Path) -> str:
+    """CRC-32 of a file, in hexadecimal."""
+    checksum = 0
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            checksum = zlib.crc32(block, checksum)
+    return f"crc32:{checksum:08x}"
+
+
+def code_dtype(sizes: tuple[int, ...]) -> str:
+    """The narrowest dtype of rows that holds every code."""
+    largest = max(sizes) - 1
+    return "uint8" if largest < 2**8 else "uint16" if largest < 2**16 else "int32"
+
+
+def lay_out(arrays: list[tuple[str, str, tuple[int, ...]]]) -> tuple[list[Section], int]:
+    """Page-aligned sections for (name, dtype, shape) in turn, and the bytes that they take."""
+    sections, end = [], 0
+    for name, dtype, shape in arrays:
+        sections.append(Section(name, dtype, shape, -(-end // PAGE_BYTES) * PAGE_BYTES))
+        end = sections[-1].offset + sections[-1].num_bytes
+    return sections, end
+
+
+def _read_info(folder: Path) -> dict[str, Any]:
+    """store.json, once it is known to be one of this version."""
+    file = folder / "store.json"
+    if not file.is_file():
+        raise DataError(f"{folder}: holds no event store (no store.json); make one with `eventkern prepare`")
+    try:
+        info = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file}: damaged, not JSON ({error}); prepare the store again") from error
+    if not isinstance(info, dict) or info.get("format") != FORMAT:
+        raise DataError(f"{file}: is not of an event store (key 'format'); make one with `eventkern prepare`")
+    if info.get("format_version") != FORMAT_VERSION:
+        version = info.get("format_version")
+        raise DataError(
+            f"{file}: key 'format_version' is {version}; this eventkern reads {FORMAT_VERSION}; prepare the store again"
+        )
+    needed = ("schema", "num_events", "split_row", "categories", "sections", "file_bytes", "checksum")
+    for key in needed:
+        if key not in info:
+            raise DataError(f"{file}: key {key!r} is missing: damaged; prepare the store again")
+    return info

@@ -1,0 +1,283 @@
+import itertools
+import json
+import pickle
+from collections import Counter, defaultdict
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from eventkern.data.prepare import prepare
+from eventkern.data.schema import Category, DataError, Schema, Stream
+from eventkern.data.store import EventStore, Split, code_dtype, lay_out
+
+SPLIT = "1970-01-01T00:05:00"
+SCHEMA = Schema(
+    name="shop",
+    timestamp="at",
+    timezone="UTC",
+    categories=(
+        Category("who", "id"),
+        Category("where", "id"),
+        Category("paid", "flag"),
+        Category("hour", "time", "at", field="hour"),
+    ),
+    streams=(Stream("mine", "who"), Stream("there", "where"), Stream("all")),
+    key="who",
+    split=SPLIT,
+)
+
+
+def write(tmp_path: Path, who: list[Any], seconds: list[int], schema: Schema = SCHEMA, **options: Any) -> EventStore:
+    table = pa.table(
+        {
+            "at": pa.array(np.array(seconds, "datetime64[s]")),
+            "who": who,
+            "where": [f"w{second % 3}" for second in seconds],
+            "paid": [second % 2 == 0 for second in seconds],
+        }
+    )
+    pq.write_table(table, tmp_path / "table.parquet")
+    prepare(tmp_path / "table.parquet", schema, tmp_path / "store", **options)
+    return EventStore.open(tmp_path / "store")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> EventStore:
+    """401 events around the split at second 300; some keys live in one period only, some rows have none."""
+    random = np.random.default_rng(0)
+    seconds = random.integers(0, 400, 400)
+    who = [
+        None if w == 0 else f"k{w + (t > 300) * 5}" for w, t in zip(random.integers(0, 30, 400), seconds, strict=True)
+    ]
+    return write(tmp_path, [*who, "late"], [*seconds.tolist(), 399])
+
+
+def positions_by_key(store: EventStore) -> list[list[int]]:
+    offsets = store.index("who").offsets
+    return [list(range(*edges)) for edges in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)]
+
+
+def test_index_groups_the_rows_of_each_entity(store: EventStore) -> None:
+    for entity, column in (("who", 0), ("where", 1)):
+        index = store.index(entity)
+        rows = defaultdict(list)
+        for row, number in enumerate(index.entity_of_row.tolist()):
+            rows[number].append(row)
+            assert (number == -1) == (column == 0 and store.codes[row, 0] == 1 and row not in index.rows)
+        rows.pop(-1, None)
+        assert [rows[number] for number in range(len(rows))] == [
+            index.rows[start:end].tolist() for start, end in zip(index.offsets[:-1], index.offsets[1:], strict=True)
+        ]
+        assert (index.entity_of_row.dtype, index.offsets.dtype, index.rows.dtype) == (np.int32, np.int64, np.int64)
+
+
+def test_an_entity_is_a_value_and_not_a_class(store: EventStore) -> None:
+    index = store.index("who")
+    unknown = store.codes[:, 0] == 1
+    assert len(np.unique(index.entity_of_row[unknown])) >= 4  # missing, and three or more of those new after the split
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_limits_end_the_period(store: EventStore, split: Split) -> None:
+    rows = store.index("who").rows
+    for positions, limit in zip(positions_by_key(store), store.limits(split), strict=True):
+        inside = [p for p in positions if split == "validation" or rows[p] < store.split_row]
+        assert limit == positions[0] + len(inside)
+
+
+def test_training_anchors_are_all_events_with_a_successor_in_the_period(store: EventStore) -> None:
+    rows = store.index("who").rows
+    expected = [
+        p
+        for positions in positions_by_key(store)
+        for p, successor in itertools.pairwise(positions)
+        if rows[successor] < store.split_row
+    ]
+    assert expected
+    for tgt_seq_len in (1, 20):
+        assert store.anchors("train", tgt_seq_len).tolist() == expected
+
+
+@pytest.mark.parametrize("tgt_seq_len", [1, 2, 3, 20])
+def test_each_validation_event_with_a_predecessor_is_a_label_once(store: EventStore, tgt_seq_len: int) -> None:
+    rows = store.index("who").rows
+    expected, labels = [], Counter[int]()
+    for positions, limit in zip(positions_by_key(store), store.limits("validation"), strict=True):
+        training = [p for p in positions if rows[p] < store.split_row]
+        anchors = [p for p in range(training[-1] if training else positions[0], limit, tgt_seq_len) if p + 1 < limit]
+        expected += anchors
+        for p in anchors:
+            labels.update(range(p + 1, min(p + tgt_seq_len, limit - 1) + 1))
+    anchors = store.anchors("validation", tgt_seq_len)
+    assert anchors.tolist() == expected
+    assert anchors.dtype == np.int64
+    wanted = [p for positions in positions_by_key(store) for p in positions[1:] if rows[p] >= store.split_row]
+    assert labels == Counter(wanted)
+
+
+def test_arguments_are_checked(store: EventStore) -> None:
+    with pytest.raises(ValueError, match="tgt_seq_len is 0"):
+        store.anchors("train", 0)
+    with pytest.raises(ValueError, match="split is 'test'; give 'train' or 'validation'"):
+        store.anchors("test", 1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"entity is 'paid', which owns no sequence .* use one of: who, where"):
+        store.index("paid")
+    with pytest.raises(ValueError, match="id_category_size is 1"):
+        store.sizes(1)
+    with pytest.raises(IndexError, match="code is 4, but category 'paid' has 4 classes"):
+        store.decode("paid", 4)
+
+
+def test_sizes(store: EventStore) -> None:
+    full = store.class_sizes
+    assert full[1:] == (5, 4, 26)
+    assert store.sizes(4096) == full
+    assert store.sizes(4) == (4, 4, 4, 26)  # only identifiers are cut
+
+
+def test_uniform_sizes(tmp_path: Path) -> None:
+    store = write(tmp_path, list("abab"), [1, 2, 301, 302], replace(SCHEMA, uniform_sizes=True))
+    assert store.sizes(1000) == (1000,) * 4
+    assert store.sizes(3) == (3,) * 4
+    oov = {category["name"]: category["oov"] for category in store.info["categories"]}
+    assert oov["hour"]["100"] == 0
+
+
+def test_rows_gathers_codes(store: EventStore) -> None:
+    indices = torch.tensor([[0, 5, 400], [7, 7, 1]])
+    expected = torch.from_numpy(np.asarray(store.codes).astype(np.int64))[indices]
+    assert torch.equal(store.rows(indices).long(), expected)
+    assert store.rows(indices).dtype == torch.int32
+    for dtype in (torch.int32, torch.int64):
+        out = torch.full((2, 3, 4), -1, dtype=dtype)
+        assert store.rows(indices, out) is out
+        assert torch.equal(out.long(), expected)
+    assert torch.equal(store.rows(indices.flatten()[::2]).long(), expected.flatten(0, 1)[::2])
+    assert store.rows(torch.empty(0, dtype=torch.int64)).shape == (0, 4)
+
+
+def test_rows_refuses_what_it_cannot_gather(store: EventStore) -> None:
+    for bad in (-1, 401):
+        with pytest.raises(IndexError, match=f"indices hold {bad}, but .* has 401 events"):
+            store.rows(torch.tensor([0, bad]))
+    with pytest.raises(TypeError, match=r"indices are torch.int32; give torch.int64"):
+        store.rows(torch.tensor([0], dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"out is \(1, 3\) torch.int32; give \(1, 4\)"):
+        store.rows(torch.tensor([0]), torch.empty(1, 3, dtype=torch.int32))
+    with pytest.raises(ValueError, match="give a contiguous CPU tensor"):
+        store.rows(torch.tensor([0, 1]), torch.empty(4, 2, dtype=torch.int32).t())
+    with pytest.raises(ValueError, match="indices are on meta"):
+        store.rows(torch.tensor([0], device="meta"))
+
+
+def test_a_pickled_store_maps_the_same_file(store: EventStore) -> None:
+    pickled = pickle.dumps(store)
+    assert len(pickled) < 1000
+    assert np.array_equal(pickle.loads(pickled).codes, store.codes)
+
+
+def test_floor(tmp_path: Path) -> None:
+    floors = {3: [0.1, 0.2, 0.3, 0.4], 1000: [1, 2, 3, 4]}
+    store = write(tmp_path, list("abab"), [1, 2, 301, 302], floor=floors)
+    assert store.floor(3) is not None
+    assert store.floor(3).tolist() == floors[3]
+    assert store.floor(1000).tolist() == store.floor(5000).tolist() == floors[1000]  # neither cuts a class
+    assert store.floor(4) is None
+    with pytest.raises(ValueError, match=r"floor\[3\] holds 1 values for 4 categories"):
+        write(tmp_path, list("abab"), [1, 2, 301, 302], floor={3: [1.0]}, overwrite=True)
+    store = write(tmp_path, list("abab"), [1, 2, 301, 302], floor=lambda s: {3: s.class_sizes}, overwrite=True)
+    assert store.floor(3).tolist() == list(store.class_sizes)
+
+
+def test_sections_are_page_aligned_and_apart() -> None:
+    sections, end = lay_out(
+        [("a", "uint8", (3, 3)), ("b", "int64", (0,)), ("c", "int32", (1025,)), ("d", "uint8", (1,))]
+    )
+    assert [section.offset for section in sections] == [0, 4096, 4096, 12288]
+    assert end == 12289
+
+
+@pytest.mark.parametrize(
+    ("largest", "dtype"),
+    [(256, "uint8"), (257, "uint16"), (1 << 16, "uint16"), ((1 << 16) + 1, "int32"), (2, "uint8")],
+)
+def test_code_dtype_is_the_narrowest_that_holds_all(largest: int, dtype: str) -> None:
+    assert code_dtype((2, largest, 5)) == dtype
+
+
+def edit(store: EventStore, **changes: Any) -> None:
+    file = store.path / "store.json"
+    file.write_text(json.dumps({key: value for key, value in {**store.info, **changes}.items() if value is not None}))
+
+
+def set_code(store: EventStore, row: int, column: int, code: int) -> None:
+    section = store.sections["codes"]
+    section.map(store.path / "store.bin", "r+")[row, column] = code
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda s: (s.path / "store.json").unlink(), r"store: holds no event store \(no store.json\); make one with"),
+        (lambda s: (s.path / "store.json").write_text('{"format": '), r"store.json: damaged, not JSON \(.*prepare"),
+        (lambda s: (s.path / "store.json").write_text("[1]"), "store.json: is not of an event store"),
+        (lambda s: edit(s, format="other"), "store.json: is not of an event store"),
+        (lambda s: edit(s, format_version=2), "store.json: key 'format_version' is 2; this eventkern reads 1; prepare"),
+        (lambda s: edit(s, sections=None), "store.json: key 'sections' is missing: damaged; prepare"),
+        (lambda s: edit(s, sections=[{}]), "store.json: damaged .*; prepare"),
+        (lambda s: edit(s, split_row=7), "store.json: its sizes were changed after it was written; prepare"),
+        (lambda s: (s.path / "store.bin").unlink(), "store.bin: no such file; prepare"),
+        (
+            lambda s: set_code(s, 17, 2, 9),
+            "store.bin: row 17 holds code 9 in category 'paid', which has 4 classes; prep",
+        ),
+        (
+            lambda s: set_code(s, 400, 3, 26),
+            "store.bin: row 400 holds code 26 in category 'hour', which has 26 classes",
+        ),
+    ],
+)
+def test_a_damaged_store_is_named_in_one_line(store: EventStore, damage: Any, message: str) -> None:
+    damage(store)
+    with pytest.raises(DataError, match=message) as caught:
+        EventStore.open(store.path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_size_made_too_small_names_the_category(store: EventStore) -> None:
+    categories = [dict(category) for category in store.info["categories"]]
+    categories[1]["size"] = 4
+    edit(store, categories=categories)
+    with pytest.raises(DataError, match="holds code 4 in category 'where', which has 4 classes"):
+        EventStore.open(store.path)
+
+
+@pytest.mark.parametrize("num_bytes", [0, 100, -1])
+def test_a_truncated_store_is_refused(store: EventStore, num_bytes: int) -> None:
+    binary = store.path / "store.bin"
+    content = binary.read_bytes()
+    binary.write_bytes(content[:num_bytes])
+    with pytest.raises(DataError, match=f"store.bin: holds .* bytes where store.json says {len(content)}: truncated"):
+        EventStore.open(store.path)
+
+
+def test_verify_reads_everything(store: EventStore) -> None:
+    EventStore.open(store.path, verify=True)
+    section = store.sections["timestamps"]
+    section.map(store.path / "store.bin", "r+")[3] += 1
+    EventStore.open(store.path)
+    with pytest.raises(
+        DataError, match=r"store.bin: its checksum differs from the one in store.json: damaged; prepare"
+    ):
+        EventStore.open(store.path, verify=True)
+
+
+def test_no_such_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere: holds no event store"):
+        EventStore.open(tmp_path / "nowhere")
