@@ -1,0 +1,1 @@
+"""Benchmarks of eventkern against its peers: `pytest benchmarks --benchmark-only`."""

@@ -1,0 +1,144 @@
+"""What eventkern is measured against, every peer of a subject behind the signature of eventkern's own.
+
+EVENT_TRANSFORMER: build(model) takes an eventkern.models.EventTransformer and gives a module that maps a batch to the
+same (H,) losses, with a copy of its weights and nothing else of it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eventkern.models import EventTransformer
+from eventkern.models.event_transformer import EventBatchLike
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A way to do the same work without eventkern."""
+
+    name: str
+    build: Callable[[EventTransformer], nn.Module]
+    is_slow_to_start: bool = False
+    """Needs seconds before its first result (a compiler), so it runs under `--full` only."""
+
+
+class PlainEventTransformer(nn.Module):
+    """The event transformer as one writes it with torch.nn: a table and a head per category, torch's own layers, loops.
+
+    Shapes: B batch, K streams, S source events, T target events, C categories, D model width.
+    """
+
+    def __init__(self, model: EventTransformer) -> None:
+        super().__init__()
+        config = model.config
+        width, num_heads = config.d_model, config.num_heads
+
+        def options() -> dict[str, object]:
+            return {"dropout": config.dropout, "activation": "gelu", "batch_first": True, "norm_first": True}
+
+        self.tables = nn.ModuleList(nn.Embedding(size, width) for size in config.category_sizes)
+        self.source_positions = nn.Embedding(config.src_seq_len, width)
+        self.target_positions = nn.Embedding(config.tgt_seq_len, width)
+        self.encoders = nn.ModuleList(
+            nn.TransformerEncoder(
+                nn.TransformerEncoderLayer(width, num_heads, 4 * width, **options()),  # type: ignore[arg-type]
+                config.encoder_layers,
+                norm=nn.LayerNorm(width),
+                enable_nested_tensor=False,
+            )
+            for _ in range(config.num_streams)
+        )
+        self.decoder = nn.TransformerDecoder(
+            nn.TransformerDecoderLayer(width, num_heads, 4 * width, **options()),  # type: ignore[arg-type]
+            config.decoder_layers,
+            norm=nn.LayerNorm(width),
+        )
+        self.heads = nn.ModuleList(nn.Linear(width, size) for size in config.category_sizes)
+        self.dropout = nn.Dropout(config.dropout)
+        self.register_buffer("causal_mask", nn.Transformer.generate_square_subsequent_mask(config.tgt_seq_len), False)
+        self.to(model.embedding.weight.device)
+        copy_weights(model, self)
+
+    def embed(self, events: Tensor, positions: nn.Embedding) -> Tensor:
+        states = torch.zeros((), device=events.device)
+        for category, table in enumerate(self.tables):
+            states = states + table(events[..., category])
+        return self.dropout(states + positions.weight[: events.shape[-2]])
+
+    def forward(self, batch: EventBatchLike) -> Tensor:
+        vectors = []
+        for stream, encoder in enumerate(self.encoders):
+            states_BSD = encoder(self.embed(batch.sources[:, stream], self.source_positions))
+            vectors.append(states_BSD[:, -1])
+        memory_BKD = torch.stack(vectors, dim=1)
+        states_BTD = self.embed(batch.targets[:, :-1], self.target_positions)
+        num_events = states_BTD.shape[1]
+        mask_TT = self.causal_mask[:num_events, :num_events]  # type: ignore[index]
+        states_BTD = self.decoder(states_BTD, memory_BKD, tgt_mask=mask_TT, tgt_is_causal=True)
+        labels_BTC = batch.targets[:, 1:].long()
+        losses = []
+        for category, head in enumerate(self.heads):
+            logits = head(states_BTD).flatten(0, 1)
+            losses.append(F.cross_entropy(logits.float(), labels_BTC[..., category].flatten(), ignore_index=0))
+        return torch.stack(losses)
+
+
+@torch.no_grad()
+def copy_weights(model: EventTransformer, plain: PlainEventTransformer) -> None:
+    """Give `plain` the weights of `model`, every one of them and each once."""
+    config = model.config
+    state = dict(model.state_dict())
+    tables = state.pop("embedding.weight").split(config.category_sizes)
+    copied = {f"tables.{category}.weight": table for category, table in enumerate(tables)}
+    for kind in ("weight", "bias"):
+        for category, part in enumerate(state.pop(f"heads.{kind}").split(config.category_sizes)):
+            copied[f"heads.{category}.{kind}"] = part
+    for name in ("source_positions", "target_positions"):
+        copied[f"{name}.weight"] = getattr(model, name).table
+        state.pop(f"{name}.table", None)
+    for name, value in state.items():
+        copied.setdefault(plain_name(name), value)
+    for layer in range(config.decoder_layers):
+        for kind in ("weight", "bias"):
+            # torch packs query, key and value of an attention in one projection.
+            parts = [copied.pop(f"decoder.layers.{layer}.{part}.{kind}") for part in ("query", "key_value")]
+            copied[f"decoder.layers.{layer}.multihead_attn.in_proj_{kind}"] = torch.cat(parts)
+    plain.load_state_dict(copied, strict=True)
+
+
+RENAMED = (
+    (".cross_attention_norm.", ".norm2."),
+    (".cross_attention.out.", ".multihead_attn.out_proj."),
+    (".cross_attention.", "."),
+    (".attention_norm.", ".norm1."),
+    (".attention.qkv.", ".self_attn.in_proj_"),
+    (".attention.out.", ".self_attn.out_proj."),
+    (".feed_forward.0.", ".linear1."),
+    (".feed_forward.2.", ".linear2."),
+)
+
+
+def plain_name(name: str) -> str:
+    """The name that torch's transformer layers give to a weight of EventTransformer."""
+    is_decoder = name.startswith("decoder.")
+    name = f"decoder.layers.{name.removeprefix('decoder.')}" if is_decoder else name
+    name = f"decoder.{name}" if name.startswith("norm.") else name
+    for ours, theirs in (*RENAMED, (".feed_forward_norm.", ".norm3." if is_decoder else ".norm2.")):
+        name = name.replace(ours, theirs)
+    return name
+
+
+def compiled(model: EventTransformer) -> nn.Module:
+    """The plain model under torch.compile."""
+    plain = PlainEventTransformer(model)
+    plain.compile()
+    return plain
+
+
+EVENT_TRANSFORMER = (
+    Peer("plain torch", PlainEventTransformer),
+    Peer("plain torch, compiled", compiled, is_slow_to_start=True),
+)

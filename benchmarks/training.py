@@ -1,0 +1,149 @@
+"""The training step that benchmarks and profiles run: a shipped configuration on random events of its shapes."""
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import eventkern
+from eventkern.data import Schema
+from eventkern.models import EventTransformerConfig
+from eventkern.models.event_transformer import EventBatchLike
+from profiling.roofline import Work
+
+CONFIGS = Path(eventkern.__file__).parent / "configs"
+SCHEMA = "notes17"
+CLIP = 1.0
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A configuration's model and micro-batch."""
+
+    model: EventTransformerConfig
+    batch_size: int
+
+    @classmethod
+    def load(cls, config: str | Path) -> "Shapes":
+        """Read a JSON configuration: a path, else a name in eventkern/configs. The schema is `notes17`."""
+        path = Path(config) if Path(config).exists() else CONFIGS / Path(config).with_suffix(".json")
+        values = json.loads(path.read_text())
+        schema = Schema.load(SCHEMA)
+        names = schema.category_names
+        model = EventTransformerConfig(
+            category_names=names,
+            category_sizes=(values["id_category_size"],) * len(names),
+            num_streams=len(schema.streams),
+            src_seq_len=values["src_seq_len"],
+            tgt_seq_len=values["tgt_seq_len"],
+            **values["model"],
+        )
+        return cls(model, values["batch_size"])
+
+    @property
+    def num_events(self) -> int:
+        """Events a step predicts."""
+        return self.batch_size * self.model.tgt_seq_len
+
+
+@dataclass(frozen=True)
+class RandomBatch:
+    """Events drawn evenly over the classes, padding left out: every label counts."""
+
+    sources: Tensor
+    targets: Tensor
+    num_targets: Tensor
+
+
+def random_batch(shapes: Shapes, device: str | torch.device, *, seed: int = 0) -> RandomBatch:
+    """A batch of the given shapes, int32 as the loader yields it."""
+    model = shapes.model
+    generator = torch.Generator().manual_seed(seed)
+
+    def events(*leading: int) -> Tensor:
+        columns = [torch.randint(1, size, leading, generator=generator) for size in model.category_sizes]
+        return torch.stack(columns, dim=-1).to(torch.int32).to(device)
+
+    return RandomBatch(
+        events(shapes.batch_size, model.num_streams, model.src_seq_len),
+        events(shapes.batch_size, model.tgt_seq_len + 1),
+        torch.tensor(shapes.num_events, device=device),
+    )
+
+
+NameRange = Callable[[str], AbstractContextManager[object]]
+"""Opens a range with a name: torch.profiler.record_function for a trace, torch.cuda.nvtx.range for Nsight Systems."""
+
+
+def unnamed(name: str) -> AbstractContextManager[object]:
+    """No range at all."""
+    return nullcontext()
+
+
+class TrainingStep:
+    """Forward, backward, clipping and fused AdamW on one model, with a named range around each phase.
+
+    Args:
+        model: maps a batch to a vector of losses, whose sum is minimised.
+        autocast: the dtype of autocast; torch.float32 for none.
+        name_range: names the phases for a profiler.
+    """
+
+    def __init__(self, model: nn.Module, autocast: torch.dtype, *, name_range: NameRange = unnamed) -> None:
+        self.model = model
+        self.parameters = list(model.parameters())
+        self.device = self.parameters[0].device
+        self.autocast = autocast
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
+        self.name_range = name_range
+
+    def __call__(self, batch: EventBatchLike) -> Tensor:
+        """One step; the losses stay on the device."""
+        is_mixed = self.autocast is not torch.float32
+        with self.name_range("forward"), torch.autocast(self.device.type, self.autocast, enabled=is_mixed):
+            losses = self.model(batch)
+        with self.name_range("backward"):
+            losses.sum().backward()
+        with self.name_range("optimizer"):
+            nn.utils.clip_grad_norm_(self.parameters, CLIP)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return losses.detach()
+
+
+def forward_operations(shapes: Shapes, *, skips_unread: bool = True) -> float:
+    """Floating-point operations of a forward pass's matrix products, two for each multiply-add.
+
+    skips_unread leaves out what nothing reads (all but the last query of the last encoder layer, and what the causal
+    mask hides): the least that computes the function. Without it, what the plain model executes.
+    """
+    model, batch, width = shapes.model, shapes.batch_size, shapes.model.d_model
+    streams, sources, targets = model.num_streams, model.src_seq_len, model.tgt_seq_len
+    source_rows, target_rows = batch * streams * sources, batch * targets
+    feed_forward = 16 * width**2
+
+    encoder_layer = source_rows * (8 * width**2 + 4 * sources * width + feed_forward)
+    last_layer = encoder_layer
+    if skips_unread:
+        keys_and_values = source_rows * 4 * width**2
+        last_layer = keys_and_values + batch * streams * (4 * width**2 + 4 * sources * width + feed_forward)
+    attended = (targets + 1) / 2 if skips_unread else targets
+    self_attention = target_rows * (8 * width**2 + 4 * attended * width)
+    cross_attention = target_rows * (4 * width**2 + 4 * streams * width) + batch * streams * 4 * width**2
+    decoder_layer = self_attention + cross_attention + target_rows * feed_forward
+    heads = 2 * target_rows * width * sum(model.category_sizes)
+    return (model.encoder_layers - 1) * encoder_layer + last_layer + model.decoder_layers * decoder_layer + heads
+
+
+def step_work(shapes: Shapes, model: nn.Module, batch: RandomBatch) -> Work:
+    """What a step needs: thrice the forward's operations; the batch read; weights and moments read and written."""
+    num_weights = sum(parameter.numel() for parameter in model.parameters())
+    return Work(
+        operations=3 * forward_operations(shapes),
+        bytes=2 * 3 * 4 * num_weights + batch.sources.nbytes + batch.targets.nbytes,
+        events=shapes.num_events,
+    )

@@ -1,0 +1,76 @@
+"""The machine's own ceilings, and the least time that counted work can take under them.
+
+    python -m profiling.roofline [--device cpu]
+
+prints copy bandwidth, matrix-product rates and, for each, the operations per byte above which arithmetic is the bound.
+"""
+
+import argparse
+from dataclasses import dataclass, field
+
+import torch
+
+from eventkern import hardware
+
+
+@dataclass(frozen=True)
+class Work:
+    """What work needs whatever the code, counted from shapes: each input read once, each output written once."""
+
+    operations: float
+    bytes: float
+    events: int = 0
+
+
+@dataclass
+class Ceilings:
+    """Copy bandwidth and matrix-product rates of one device, each measured when first asked for and then kept."""
+
+    device: torch.device
+    measured_bandwidth: float | None = None
+    measured_rates: dict[torch.dtype, float] = field(default_factory=dict)
+
+    def bandwidth(self) -> float:
+        """Bytes per second of a large copy, read and written."""
+        if self.measured_bandwidth is None:
+            self.measured_bandwidth = hardware.copy_bandwidth(self.device)
+        return self.measured_bandwidth
+
+    def rate(self, dtype: torch.dtype) -> float:
+        """Floating-point operations per second of a large matrix product."""
+        if dtype not in self.measured_rates:
+            self.measured_rates[dtype] = hardware.gemm_rate(self.device, dtype)
+        return self.measured_rates[dtype]
+
+    def floor_s(self, work: Work, dtype: torch.dtype) -> float:
+        """Seconds below which no version can go: the larger of bytes over bandwidth and operations over rate."""
+        return max(work.bytes / self.bandwidth(), work.operations / self.rate(dtype))
+
+    def bound(self, work: Work, dtype: torch.dtype) -> str:
+        """Which ceiling the floor comes from: "copy" or "gemm"."""
+        return "copy" if work.bytes / self.bandwidth() > work.operations / self.rate(dtype) else "gemm"
+
+    def to_dict(self) -> dict[str, object]:
+        """What has been measured so far, for a results file."""
+        return {
+            "device": str(self.device),
+            "copy_bytes_per_s": self.measured_bandwidth,
+            "gemm_flops_per_s": {
+                str(dtype).removeprefix("torch."): rate for dtype, rate in self.measured_rates.items()
+            },
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="measure what the machine can reach")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    ceilings = Ceilings(torch.device(parser.parse_args().device))
+    print(f"{ceilings.device}: copy {ceilings.bandwidth() / 1e9:.1f} GB/s, read and written")
+    for dtype in (torch.float32, torch.bfloat16):
+        rate = ceilings.rate(dtype)
+        ridge = rate / ceilings.bandwidth()
+        print(f"{dtype}: gemm {rate / 1e9:,.0f} GFLOP/s; arithmetic bounds above {ridge:.0f} operations a byte")
+
+
+if __name__ == "__main__":
+    main()

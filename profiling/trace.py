@@ -1,0 +1,150 @@
+"""Where a training step's time goes, by operator and by phase.
+
+    python -m profiling.trace --config cpu_baseline.json --steps 5 --out DIR
+
+writes a Chrome trace (open it at https://ui.perfetto.dev) and two tables, and prints the tables. With `--store` the
+events come from a prepared store through the loader, else they are drawn at random. With `--nvtx` nothing is recorded:
+the steps run with NVTX ranges inside a capture range, for Nsight Systems (profiling/nsys.sh).
+"""
+
+import argparse
+import contextlib
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import nvtx
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.training import NameRange, Shapes, TrainingStep, random_batch
+from eventkern.data import EventStore
+from eventkern.data.loader import EventLoader
+from eventkern.hardware import synchronize
+from eventkern.models import EventTransformer
+from eventkern.models.event_transformer import EventBatchLike
+
+PHASES = ("data", "forward", "backward", "optimizer")
+NUM_WARM_UP_STEPS = 3
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="profile a few training steps")
+    parser.add_argument("--config", default="cpu_baseline.json", help="a JSON file, or a name in eventkern/configs")
+    parser.add_argument("--store", type=Path, help="a prepared store; without it, random events")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--out", type=Path, default=Path("runs/trace"), help="folder for the trace and the tables")
+    parser.add_argument("--nvtx", action="store_true", help="NVTX ranges and a capture range, for Nsight Systems")
+    options = parser.parse_args(arguments)
+
+    device = torch.device(options.device)
+    shapes = Shapes.load(options.config)
+    batches = random_batches(shapes, device)
+    if options.store:
+        shapes, batches = from_store(options.store, shapes, device)
+    torch.manual_seed(0)
+    model = EventTransformer(shapes.model).to(device)
+    autocast = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.precision]
+    name_range: NameRange = partial(phase, device)
+    if options.nvtx:
+        name_range = partial(nvtx.annotate, domain="eventkern")
+    step = TrainingStep(model, autocast, name_range=name_range)
+
+    run_steps(step, batches, NUM_WARM_UP_STEPS)
+    if options.nvtx:
+        with capture_range(device):
+            run_steps(step, batches, options.steps)
+        return
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=kinds, record_shapes=True) as profiler:
+        run_steps(step, batches, options.steps)
+        synchronize(device)
+    options.out.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(options.out / "trace.json.gz"))
+    tables = {"phases": phase_table(profiler, options.steps), "operators": operator_table(profiler, device)}
+    for name, table in tables.items():
+        (options.out / f"{name}.txt").write_text(table + "\n")
+        print(table)
+    print(f"wrote {options.out}/trace.json.gz, {', '.join(f'{name}.txt' for name in tables)}")
+
+
+def random_batches(shapes: Shapes, device: torch.device) -> Iterator[EventBatchLike]:
+    """Random batches without end."""
+    return (random_batch(shapes, device, seed=seed) for seed in itertools.count())
+
+
+def from_store(path: Path, shapes: Shapes, device: torch.device) -> tuple[Shapes, Iterator[EventBatchLike]]:
+    """The configuration with a store's categories, and the store's training batches without end."""
+    store = EventStore.open(path)
+    id_category_size = shapes.model.category_sizes[0]
+    model = replace(
+        shapes.model,
+        category_names=store.schema.category_names,
+        category_sizes=store.sizes(id_category_size),
+        num_streams=len(store.schema.streams),
+    )
+    loader = EventLoader(
+        store,
+        "train",
+        src_seq_len=model.src_seq_len,
+        tgt_seq_len=model.tgt_seq_len,
+        id_category_size=id_category_size,
+        batch_size=shapes.batch_size,
+        device=device,
+    )
+
+    def endless() -> Iterator[EventBatchLike]:
+        for epoch in itertools.count():
+            loader.set_epoch(epoch)
+            yield from loader
+
+    return replace(shapes, model=model), endless()
+
+
+def run_steps(step: TrainingStep, batches: Iterator[EventBatchLike], num_steps: int) -> None:
+    """Training steps, the drawing of each batch in a range of its own."""
+    for _ in range(num_steps):
+        with step.name_range("data"):
+            batch = next(batches)
+        step(batch)
+
+
+@contextmanager
+def phase(device: torch.device, name: str) -> Iterator[None]:
+    """A recorded range that waits for the device at its end, so that a phase holds its own kernels' time."""
+    with torch.profiler.record_function(name):
+        yield
+        synchronize(device)
+
+
+@contextmanager
+def capture_range(device: torch.device) -> Iterator[None]:
+    """What Nsight Systems records when it is started with --capture-range=cudaProfilerApi."""
+    with torch.cuda.profiler.profile() if device.type == "cuda" else contextlib.nullcontext():
+        yield
+        synchronize(device)
+
+
+def phase_table(profiler: profile, num_steps: int) -> str:
+    """Milliseconds a step and share of each phase."""
+    wall_ms = {
+        event.key: event.cpu_time_total / 1e3 / num_steps for event in profiler.key_averages() if event.key in PHASES
+    }
+    total_ms = sum(wall_ms.values())
+    lines = [f"{name:<10} {wall_ms[name]:10.3f} ms {100 * wall_ms[name] / total_ms:6.1f} %" for name in PHASES]
+    return "\n".join([*lines, f"{'step':<10} {total_ms:10.3f} ms"])
+
+
+def operator_table(profiler: profile, device: torch.device) -> str:
+    """The operators by their own time on the device."""
+    order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    return str(profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=48))
+
+
+if __name__ == "__main__":
+    main()

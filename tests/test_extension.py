@@ -1,0 +1,60 @@
+"""The built extension: portable vector code, and no library of torch's or CUDA's that must be there to import it."""
+
+import platform
+import re
+import shutil
+import subprocess
+from collections import Counter
+
+import pytest
+
+from eventkern import _C
+
+FOREIGN = re.compile(r"lib(torch|c10|cudart|cuda|cublas|nvrtc)")
+# permutation.h: eight rounds of two 32-bit products each, in every clone of the loop that calls it.
+MULTIPLIES_PER_PERMUTATION = 16
+
+
+def output_of(tool: str, *arguments: str) -> str:
+    """What a binutils tool prints of the extension; skips where the tool is missing."""
+    if shutil.which(tool) is None:
+        pytest.skip(f"needs {tool}, and there is none on the PATH")
+    return subprocess.run([tool, *arguments, _C.__file__], capture_output=True, text=True, check=True).stdout
+
+
+def needed_libraries(dynamic_section: str) -> list[str]:
+    return re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic_section)
+
+
+def vector_multiplies(disassembly: str) -> Counter[str]:
+    """How many packed 32-bit products work on registers of each width."""
+    return Counter(re.findall(r"\bvpmulld\s.*%([xyz]mm)\d+\s*$", disassembly, re.MULTILINE))
+
+
+def test_the_extension_needs_no_torch_and_no_cuda() -> None:
+    libraries = needed_libraries(output_of("readelf", "--dynamic", "--wide"))
+    assert any(name.startswith(("libstdc++", "libc++")) for name in libraries), libraries
+    assert [name for name in libraries if FOREIGN.match(name)] == []
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="function multiversioning is for x86-64")
+def test_the_permutation_is_avx512_and_avx2_code() -> None:
+    if "GCC" not in output_of("readelf", "--string-dump=.comment"):
+        pytest.skip("target_clones is used with gcc alone")
+    multiplies = vector_multiplies(output_of("objdump", "--disassemble", "--no-show-raw-insn"))
+    assert multiplies["zmm"] >= MULTIPLIES_PER_PERMUTATION, multiplies
+    assert multiplies["ymm"] >= MULTIPLIES_PER_PERMUTATION, multiplies
+
+
+def test_the_readers_see_what_they_look_for() -> None:
+    assert needed_libraries(" 0x1 (NEEDED)  Shared library: [libtorch_cpu.so]\n 0x2 (SONAME) Library: [x]") == [
+        "libtorch_cpu.so"
+    ]
+    assert FOREIGN.match("libtorch_cpu.so")
+    assert FOREIGN.match("libcudart.so.13")
+    assert vector_multiplies(
+        "  1: vpmulld %zmm1,%zmm2,%zmm3\n  2: vpmulld (%rax),%ymm1,%ymm2\n  3: vmovd %xmm0,%eax\n"
+    ) == {
+        "zmm": 1,
+        "ymm": 1,
+    }

@@ -1,0 +1,154 @@
+"""A peer is worth timing only if it computes the same: losses, gradients and counted operations, side by side."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.peers import EVENT_TRANSFORMER, PlainEventTransformer
+from benchmarks.training import Shapes, TrainingStep, forward_operations, random_batch, step_work
+from eventkern.models import EventTransformer, EventTransformerConfig
+
+SHAPES = Shapes(
+    EventTransformerConfig(
+        category_names=("kind", "actor", "hour"),
+        category_sizes=(5, 17, 3),
+        num_streams=2,
+        src_seq_len=7,
+        tgt_seq_len=6,
+        d_model=16,
+        num_heads=2,
+        encoder_layers=2,
+        decoder_layers=3,
+    ),
+    batch_size=3,
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """On tensors this small a second thread only waits, for long where the machine is busy."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+def models() -> tuple[EventTransformer, PlainEventTransformer]:
+    """Both models with the same weights, all far from zero, so that a weight in a wrong place shows."""
+    torch.manual_seed(0)
+    model = EventTransformer(SHAPES.model)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return model, PlainEventTransformer(model)
+
+
+def test_the_plain_model_has_the_same_losses_and_gradients() -> None:
+    model, plain = models()
+    batch = random_batch(SHAPES, "cpu")
+    batch.targets[0, 4:] = 0
+    weights = torch.tensor([1.0, -2.0, 0.5])
+    losses, plain_losses = model(batch), plain(batch)
+    torch.testing.assert_close(plain_losses, losses, rtol=1e-5, atol=1e-5)
+    (losses * weights).sum().backward()
+    (plain_losses * weights).sum().backward()
+
+    gradient = model.embedding.weight.grad
+    assert gradient is not None
+    tables = [table.weight.grad for table in plain.tables]
+    torch.testing.assert_close(torch.cat(tables), gradient, rtol=1e-4, atol=1e-5)
+    attention = plain.decoder.layers[1].multihead_attn.in_proj_weight.grad
+    ours = model.decoder[1].cross_attention
+    torch.testing.assert_close(
+        attention, torch.cat([ours.query.weight.grad, ours.key_value.weight.grad]), rtol=1e-4, atol=1e-5
+    )
+    assert sum(p.numel() for p in plain.parameters()) == sum(p.numel() for p in model.parameters())
+
+
+def test_they_stay_side_by_side_through_training() -> None:
+    model, plain = models()
+    steps = [TrainingStep(module, torch.float32) for module in (model, plain)]
+    for seed in range(5):
+        batch = random_batch(SHAPES, "cpu", seed=seed)
+        ours, theirs = (step(batch) for step in steps)
+        torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+    assert all(parameter.grad is None for parameter in model.parameters()), "gradients would add up over steps"
+    untrained, _ = models()
+    for trained, initial in zip(model.parameters(), untrained.parameters(), strict=True):
+        assert not torch.equal(trained, initial)
+
+
+def test_the_copy_is_a_copy() -> None:
+    model, plain = models()
+    before = model(random_batch(SHAPES, "cpu")).detach()
+    for parameter in plain.parameters():
+        nn.init.zeros_(parameter)
+    assert torch.equal(model(random_batch(SHAPES, "cpu")), before)
+
+
+def test_sinusoidal_positions_are_copied_too() -> None:
+    config = EventTransformerConfig(**{**vars(SHAPES.model), "positions": "sinusoidal"})
+    model = EventTransformer(config)
+    batch = random_batch(SHAPES, "cpu")
+    torch.testing.assert_close(PlainEventTransformer(model)(batch), model(batch))
+
+
+def test_counted_operations_are_what_the_plain_model_executes() -> None:
+    _, plain = models()
+    batch = random_batch(SHAPES, "cpu")
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
+        losses = plain(batch)
+    assert forward.get_total_flops() == forward_operations(SHAPES, skips_unread=False)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as backward:
+        losses.sum().backward()
+    assert backward.get_total_flops() == 2 * forward.get_total_flops()
+
+
+def test_what_nothing_reads_is_left_out_of_the_floor() -> None:
+    model, batch = SHAPES.model, SHAPES.batch_size
+    width, targets = model.d_model, model.tgt_seq_len
+    # Queries, outputs and feed-forward of all events but the last in the last encoder layer; the future of a target.
+    unread_queries = batch * model.num_streams * (model.src_seq_len - 1)
+    unread = unread_queries * (4 * width**2 + 16 * width**2 + 4 * model.src_seq_len * width)
+    unread += model.decoder_layers * batch * 4 * width * targets * (targets - 1) / 2
+    assert forward_operations(SHAPES, skips_unread=False) - forward_operations(SHAPES) == unread
+
+
+def test_a_step_reads_and_writes_weights_and_moments() -> None:
+    model, _ = models()
+    batch = random_batch(SHAPES, "cpu")
+    num_weights = sum(parameter.numel() for parameter in model.parameters())
+    num_codes = 3 * (2 * 7 + 7) * 3
+    work = step_work(SHAPES, model, batch)
+    assert work.bytes == 24 * num_weights + 4 * num_codes
+    assert work.events == 18
+
+
+def test_a_random_batch_has_no_padding_and_stays_in_range() -> None:
+    batch = random_batch(SHAPES, "cpu")
+    assert batch.sources.shape == (3, 2, 7, 3)
+    assert batch.targets.dtype == torch.int32
+    for column, size in enumerate(SHAPES.model.category_sizes):
+        codes = torch.cat([batch.sources[..., column].flatten(), batch.targets[..., column].flatten()])
+        assert codes.min() == 1
+        assert codes.max() == size - 1
+    assert torch.equal(random_batch(SHAPES, "cpu").targets, batch.targets)
+    assert not torch.equal(random_batch(SHAPES, "cpu", seed=1).targets, batch.targets)
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "classes"), [("cpu_baseline.json", 32, 100), ("gpu_optimized.json", 64, 1000)]
+)
+def test_the_shipped_configurations_give_their_shapes(name: str, width: int, classes: int) -> None:
+    shapes = Shapes.load(name)
+    assert shapes.model.d_model == width
+    assert shapes.model.category_sizes == (classes,) * 17
+    assert shapes.model.num_streams == 3
+    assert shapes.num_events == shapes.batch_size * shapes.model.tgt_seq_len
+
+
+def test_the_compiled_peer_says_that_it_starts_slowly() -> None:
+    assert [peer.is_slow_to_start for peer in EVENT_TRANSFORMER] == [False, True]
