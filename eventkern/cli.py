@@ -1,0 +1,389 @@
+"""The command line: the only room that knows all the others. torch loads inside the commands."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+from eventkern.train.config import ConfigError, TrainerConfig, known_keys, read_config, require, to_mapping
+
+try:
+    import tyro
+    from tyro.conf import Positional, arg
+except ModuleNotFoundError as error:
+    raise SystemExit(f"eventkern: the command line needs {error.name}: pip install 'eventkern[train]'") from None
+
+if TYPE_CHECKING:
+    from eventkern.data import EventStore
+    from eventkern.models import EventTransformerConfig
+    from eventkern.train import Ledger
+
+CONFIGS = Path(__file__).parent / "configs"
+POSITIONAL = ("source", "config", "checkpoint")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which events."""
+
+    store: str = "synthetic"
+    """Folder of a store, or flights | synthetic: prepared on first use into a cache folder ($EVENTKERN_CACHE)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Sizes of the event transformer."""
+
+    d_model: int = 64
+    """Width, a multiple of num_heads."""
+    num_heads: int = 8
+    """Attention heads."""
+    encoder_layers: int = 1
+    """Layers of each stream's encoder."""
+    decoder_layers: int = 1
+    """Layers of the decoder."""
+    positions: Literal["learned", "sinusoidal"] = "learned"
+    """Kind of position embedding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(TrainerConfig):
+    """Everything a configuration file can say."""
+
+    src_seq_len: int = 20
+    """Events of each stream before the anchor."""
+    tgt_seq_len: int = 20
+    """Events predicted after the anchor."""
+    id_category_size: int = 1000
+    """Classes of an id category, padding and missing included; rarer values read as missing."""
+    dropout: float = 0.0
+    """Probability of dropout in the model."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("src_seq_len", "tgt_seq_len"):
+            require(self, key, getattr(self, key) >= 1, "at least 1")
+        require(self, "id_category_size", self.id_category_size >= 2, "at least 2: it counts padding and missing")
+        require(self, "dropout", 0 <= self.dropout < 1, "in [0, 1)")
+        for key in ("d_model", "num_heads", "encoder_layers", "decoder_layers"):
+            require(self.model, key, getattr(self.model, key) >= 1, "at least 1")
+        heads = self.model.num_heads
+        require(self.model, "d_model", self.model.d_model % heads == 0, f"a multiple of num_heads = {heads}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepare:
+    """Convert a table of events into a store."""
+
+    source: Positional[Annotated[str, arg(metavar="SOURCE")]]
+    """A CSV or Parquet file, a folder of them, or flights | synthetic."""
+    out: Path
+    """Folder of the store."""
+    schema: str | None = None
+    """A schema file, else the name of one that ships; flights and synthetic have their own."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """At a row that cannot be read: stop, or leave it out, count it and list it."""
+    overwrite: bool = False
+    """Replace a store that is already there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(RunConfig):
+    """Train a model; any key of the configuration can be given on the command line."""
+
+    config: Positional[Annotated[str, arg(metavar="CONFIG")]]
+    """A .toml or .json file, else the name of one that ships (flights, cpu_baseline, gpu_optimized)."""
+    run_dir: Path | None = None
+    """Folder of the run; default: runs/<time>-<name of the configuration>."""
+    resume: str | None = None
+    """auto: the last checkpoint of run_dir, else of the newest run of this configuration, else a fresh start; or the
+    path of a checkpoint or of a run folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Print the loss ledger of a checkpoint."""
+
+    checkpoint: Positional[Annotated[Path, arg(metavar="CHECKPOINT")]]
+    """A checkpoint, or a run folder (its best checkpoint)."""
+    store: str | None = None
+    """Folder of a store, or flights | synthetic; default: the store it was trained on."""
+    batch_size: int = 64
+    """Windows in a batch."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: cuda, else mps, else cpu."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info:
+    """Print versions, devices, which kernel serves which op, and what this machine reaches."""
+
+
+Command = Prepare | Train | Evaluate | Info
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code: 0, 2 for a user's mistake, 1 for a failure."""
+    try:
+        command = parse(list(sys.argv[1:] if arguments is None else arguments))
+        match command:
+            case Prepare():
+                prepare(command)
+            case Train():
+                train(command)
+            case Evaluate():
+                evaluate(command)
+            case Info():
+                info()
+        return 0
+    except (ValueError, OSError, FloatingPointError) as error:
+        is_mistake = isinstance(error, (ConfigError, *_user_errors()))
+        if isinstance(error, ValueError) and not is_mistake:
+            raise  # of our own making: the traceback is wanted
+        print(f"eventkern: {error}", file=sys.stderr)
+        return 2 if is_mistake else 1
+    except KeyboardInterrupt:
+        print("eventkern: interrupted", file=sys.stderr)
+        return 130
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    from eventkern.data import DataError
+    from eventkern.train import CheckpointError
+
+    return DataError, CheckpointError, FileNotFoundError
+
+
+def parse(arguments: list[str]) -> Command:
+    """Reads the command line; the keys that `train` leaves out come from its configuration file.
+
+    Raises:
+        ConfigError: an unknown option, a value that does not fit, or a configuration that cannot be read.
+    """
+    if arguments[:1] != ["train"] or {"-h", "--help"} & set(arguments[1:2]):
+        return _parse(Command, arguments)
+    if len(arguments) == 1 or arguments[1].startswith("-"):
+        raise ConfigError("train takes CONFIG as its first argument: eventkern train CONFIG [--key value ...]")
+    config = load_config(arguments[1])
+    keys = {field.name: getattr(config, field.name) for field in dataclasses.fields(RunConfig)}
+    defaults = tyro.conf.subcommand("train", default=Train(config=arguments[1], **keys))
+    return _parse(Prepare | Annotated[Train, defaults] | Evaluate | Info, arguments)
+
+
+def _parse(commands: Any, arguments: list[str]) -> Command:
+    told = io.StringIO()
+    options: Any = {"prog": "eventkern", "config": (tyro.conf.OmitSubcommandPrefixes,)}
+    try:
+        with contextlib.redirect_stderr(told):
+            command, unknown = tyro.cli(commands, args=arguments, return_unknown_args=True, **options)
+    except SystemExit as leave:
+        if not leave.code:
+            raise
+        raise ConfigError(_one_line(told.getvalue())) from None
+    if unknown:
+        known = ["--" + key.replace("_", "-") for key in known_keys(type(command)) if key not in POSITIONAL]
+        closest = difflib.get_close_matches(unknown[0], known, n=1)
+        mend = f"; the closest known option is {closest[0]}" if closest else ""
+        raise ConfigError(f"unknown argument {unknown[0]!r}{mend}")
+    return cast(Command, command)
+
+
+def _one_line(box: str) -> str:
+    """What tyro's box says, without its frame, its title and the help below."""
+    parts: list[list[str]] = [[]]
+    for line in (line.strip("│ ") for line in box.splitlines()):
+        if line.startswith(("╭", "╰")) or set(line) in ({"─"}, {"-"}):  # dashes where the terminal has no frames
+            parts.append([])
+        elif line:
+            parts[-1].append(line)
+    message = " ".join(parts[1] if len(parts) > 1 else parts[0])
+    return re.sub(r"^Error parsing [A-Z]\w+: ", "", message)
+
+
+def load_config(name: str | Path) -> RunConfig:
+    """Reads a configuration: the path of a file, else the name of one that ships, with or without its extension.
+
+    Raises:
+        ConfigError: no such file or name, an unknown key, a wrong type or range; it names the file and the key.
+    """
+    candidates = [Path(name), *(CONFIGS / f"{name}{suffix}" for suffix in ("", ".toml", ".json"))]
+    for path in candidates:
+        if path.is_file():
+            return read_config(path, RunConfig)
+    names = ", ".join(sorted(path.name for path in CONFIGS.iterdir()))
+    raise ConfigError(f"{name}: no such configuration file; give the path of one, or one of: {names}")
+
+
+def prepare(command: Prepare) -> None:
+    """`eventkern prepare`: prints what it did."""
+    import rich
+
+    from eventkern.data.shipped import prepare_source
+
+    options = {"on_error": command.on_error, "overwrite": command.overwrite}
+    rich.print(prepare_source(command.source, command.schema, command.out, **options))
+
+
+def train(command: Train) -> None:
+    """`eventkern train`."""
+    import tomli_w
+
+    from eventkern.data.loader import EventLoader
+    from eventkern.data.shipped import TABLES, open_store
+    from eventkern.models import EventTransformer
+    from eventkern.train import Loaders, Trainer
+    from eventkern.train.device import seed_everything, select_device
+    from eventkern.train.environment import environment
+    from eventkern.train.run_folder import find_run
+
+    config = RunConfig(**{field.name: getattr(command, field.name) for field in dataclasses.fields(RunConfig)})
+    run_dir, checkpoint = find_run(Path(command.config).stem, command.run_dir, command.resume)
+    device = select_device(config.device)
+    store = open_store(config.data.store)
+    sizes = model_config(config, store)
+    if checkpoint is not None:
+        refuse_other_schema(load_run(checkpoint)["metadata"]["model"], sizes, checkpoint, store)
+    options = {key: getattr(config, key) for key in ("src_seq_len", "tgt_seq_len", "id_category_size", "batch_size")}
+    train_loader = EventLoader(store, "train", seed=config.seed, device=device, **options)
+    validation_loader = EventLoader(store, "validation", device=device, **options)
+    seed_everything(config.seed)
+    if config.data.store not in TABLES:
+        absolute = DataConfig(store=str(Path(config.data.store).absolute()))
+        config = dataclasses.replace(config, data=absolute)  # so that config.toml continues the run from any folder
+    resume_command = ["eventkern", "train", str(run_dir / "config.toml"), "--run-dir", str(run_dir), "--resume", "auto"]
+    trainer = Trainer(
+        EventTransformer(sizes),
+        config,
+        Loaders(train_loader, validation_loader),
+        run_dir=run_dir,
+        ledger=build_ledger(store, config.id_category_size),
+        metadata={"model": dataclasses.asdict(sizes), "run": to_mapping(config)},
+        resume_command=shlex.join(resume_command),
+    )
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.toml").write_text(tomli_w.dumps(to_mapping(config)), encoding="utf-8")
+    (run_dir / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
+    print(
+        f"run {run_dir}: {store.num_events:,} events, {device}, step {trainer.step} of {trainer.total_steps}",
+        flush=True,
+    )
+    trainer.fit()
+
+
+def load_run(path: Path) -> dict[str, Any]:
+    """Loads a checkpoint that `eventkern train` wrote, whose metadata tell the model and the run's configuration."""
+    from eventkern.train.checkpoint import CheckpointError, load_checkpoint
+
+    state = load_checkpoint(path)
+    if not {"model", "run"} <= state["metadata"].keys():
+        raise CheckpointError(f"{path}: names no model: it is no checkpoint of `eventkern train`")
+    return state
+
+
+def model_config(config: RunConfig, store: EventStore) -> EventTransformerConfig:
+    """The model that a configuration means on a store."""
+    from eventkern.models import EventTransformerConfig
+
+    return EventTransformerConfig(
+        category_names=store.schema.category_names,
+        category_sizes=store.sizes(config.id_category_size),
+        num_streams=len(store.schema.streams),
+        src_seq_len=config.src_seq_len,
+        tgt_seq_len=config.tgt_seq_len,
+        dropout=config.dropout,
+        **dataclasses.asdict(config.model),
+    )
+
+
+def build_ledger(store: EventStore, id_category_size: int) -> Ledger:
+    """The ledger with the baselines of a store."""
+    from eventkern.data.baselines import baselines
+    from eventkern.train import Ledger
+
+    table = baselines(store, id_category_size)
+    names = store.schema.category_names
+    return Ledger(names, table.classes, table.marginal, table.first_order, table.floor)
+
+
+def refuse_other_schema(
+    there: dict[str, Any], here: EventTransformerConfig, checkpoint: Path, store: EventStore
+) -> None:
+    """Raises a CheckpointError where a checkpoint's categories, sizes or streams are not those of the store."""
+    from eventkern.train import CheckpointError
+
+    other = f"{checkpoint}: is of another schema than {store.path}:"
+    if tuple(there["category_names"]) != here.category_names:
+        differing = sorted(set(there["category_names"]) ^ set(here.category_names)) or ["their order"]
+        raise CheckpointError(f"{other} the categories differ ({', '.join(differing)})")
+    for name, old, new in zip(here.category_names, there["category_sizes"], here.category_sizes, strict=True):
+        if old != new:
+            raise CheckpointError(
+                f"{other} category {name!r} has {old} classes in the checkpoint and {new} in the store"
+            )
+    if there["num_streams"] != here.num_streams:
+        raise CheckpointError(
+            f"{other} {there['num_streams']} streams in the checkpoint, {here.num_streams} in the store"
+        )
+
+
+def evaluate(command: Evaluate) -> None:
+    """`eventkern evaluate`."""
+    from eventkern.data.loader import EventLoader
+    from eventkern.data.shipped import open_store
+    from eventkern.models import EventTransformer
+    from eventkern.train import evaluate
+    from eventkern.train.checkpoint import load_weights
+    from eventkern.train.config import from_mapping
+    from eventkern.train.device import select_device, select_precision
+    from eventkern.train.logging import print_ledger
+
+    is_run = (command.checkpoint / "checkpoints").is_dir()
+    path = command.checkpoint / "checkpoints" / "best" if is_run else command.checkpoint
+    device = select_device(command.device)
+    state = load_run(path)
+    config = from_mapping(RunConfig, state["metadata"]["run"])
+    store = open_store(command.store or config.data.store)
+    sizes = model_config(config, store)
+    refuse_other_schema(state["metadata"]["model"], sizes, path, store)
+    model = EventTransformer(sizes)
+    load_weights(model, state["model"], path)
+    options = {key: getattr(config, key) for key in ("src_seq_len", "tgt_seq_len", "id_category_size")}
+    loader = EventLoader(store, "validation", batch_size=command.batch_size, device=device, **options)
+    means = evaluate(model.to(device), loader, precision=select_precision(config.precision, device), device=device)
+    ledger = build_ledger(store, config.id_category_size)
+    ledger.update(state["step"], means["loss"].numpy(), means["top1"].numpy())
+    print_ledger(ledger)
+
+
+def info() -> None:
+    """`eventkern info`."""
+    import torch
+
+    from eventkern import hardware, ops
+    from eventkern.train.environment import environment
+
+    for name, value in environment().items():
+        print(f"{name:28}{value}")
+    kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(["mps"] if torch.mps.is_available() else [])]
+    print(f"\n{'kernels':28}" + "".join(f"{kind:12}" for kind in kinds))
+    for op, served in ops.implementations().items():
+        print(f"{op:28}" + "".join(f"{served[kind]:12}" for kind in kinds))
+    print(f"\n{'reach':28}{'copy GB/s':12}{'float32 GFLOP/s':18}bfloat16 GFLOP/s")
+    for kind in kinds:
+        copy = hardware.copy_bandwidth(kind) / 1e9
+        rates = [hardware.gemm_rate(kind, dtype) / 1e9 for dtype in (torch.float32, torch.bfloat16)]
+        print(f"{kind:28}{copy:<12,.1f}{rates[0]:<18,.0f}{rates[1]:,.0f}")

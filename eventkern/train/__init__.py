@@ -1,0 +1,33 @@
+"""A trainer for models that return a vector of named losses; it meets models and loaders through protocols alone."""
+
+from typing import TYPE_CHECKING, Any
+
+from eventkern.train.config import ConfigError, TrainerConfig
+
+if TYPE_CHECKING:
+    from eventkern.train.checkpoint import CheckpointError
+    from eventkern.train.evaluation import evaluate
+    from eventkern.train.ledger import Ledger
+    from eventkern.train.trainer import Loaders, Trainer, TrainResult
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "Ledger",
+    "Loaders",
+    "TrainResult",
+    "Trainer",
+    "TrainerConfig",
+    "evaluate",
+]
+
+_ROOMS = {"CheckpointError": "checkpoint", "Ledger": "ledger", "evaluate": "evaluation"}
+
+
+def __getattr__(name: str) -> Any:
+    # The configuration is read before torch is needed: what needs it loads on first use.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_ROOMS.get(name, 'trainer')}"), name)

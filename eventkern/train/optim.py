@@ -1,0 +1,96 @@
+"""Optimizers and learning-rate schedules by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LinearLR, ReduceLROnPlateau
+
+from eventkern.train.config import TrainerConfig
+
+PLATEAU_FACTOR = 0.5
+PLATEAU_PATIENCE = 3
+FUSED_DEVICES = ("cpu", "cuda")
+
+
+def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainerConfig) -> torch.optim.Optimizer:
+    """Adam or AdamW over all parameters that take gradients; weight decay acts on matrices only.
+
+    Args:
+        parameters: parameters on the device where they will be trained; fused kernels run on the CPU and on CUDA.
+        config: its keys optimizer, lr and weight_decay.
+    """
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.ndim >= 2]
+    vectors = [parameter for parameter in trained if parameter.ndim < 2]
+    groups = [
+        {"params": group, "weight_decay": decay}
+        for group, decay in ((matrices, config.weight_decay), (vectors, 0.0))
+        if group
+    ]
+    fused = all(parameter.device.type in FUSED_DEVICES for parameter in trained)
+    optimizer_class = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return optimizer_class(groups, lr=config.lr, fused=fused)
+
+
+class Schedule:
+    """The learning rate of each step: a warm-up, then constant, linear or cosine decay to 0, or halving at a plateau.
+
+    Args:
+        optimizer: the optimizer whose learning rate it sets.
+        config: its keys schedule and warmup_steps.
+        total_steps: the step at which linear and cosine decay reach 0.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, config: TrainerConfig, total_steps: int) -> None:
+        self._optimizer = optimizer
+        self._of_step: LambdaLR | LinearLR | None
+        self._of_loss: ReduceLROnPlateau | None = None
+        if config.schedule == "plateau":
+            # LinearLR multiplies the present rate where LambdaLR would overwrite what the plateau has halved.
+            warmup = config.warmup_steps
+            self._of_step = LinearLR(optimizer, 1 / (warmup + 1), total_iters=warmup) if warmup else None
+            self._of_loss = ReduceLROnPlateau(optimizer, factor=PLATEAU_FACTOR, patience=PLATEAU_PATIENCE)
+        else:
+            self._of_step = LambdaLR(optimizer, lambda step: factor(config, step, total_steps))
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    def step(self) -> None:
+        """To be called after every optimizer step."""
+        if self._of_step is not None:
+            self._of_step.step()
+
+    def evaluated(self, loss: float) -> None:
+        """To be called after every evaluation that the configuration asks for, with the validation loss."""
+        if self._of_loss is not None:
+            self._of_loss.step(loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        parts = {"step": self._of_step, "loss": self._of_loss}
+        return {name: part.state_dict() for name, part in parts.items() if part is not None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up a saved state; the parts that another schedule saved are left out."""
+        if self._of_step is not None and "step" in state:
+            self._of_step.load_state_dict(state["step"])
+        if self._of_loss is not None and "loss" in state:
+            self._of_loss.load_state_dict(state["loss"])
+
+
+def factor(config: TrainerConfig, step: int, total_steps: int) -> float:
+    """The share of config.lr that step (counted from 0) takes, for the schedules that are functions of the step."""
+    warmup = config.warmup_steps
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if config.schedule == "constant":
+        return 1.0
+    done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    return 1.0 - done if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))

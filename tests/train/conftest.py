@@ -1,0 +1,139 @@
+"""A model and a loader of a few lines: all that the trainer may know of models and loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NUM_CLASSES = (5, 7)
+WIDTH = 6
+
+
+@dataclass(frozen=True)
+class TinyBatch:
+    inputs: Tensor
+    labels: Tensor
+    num_targets: Tensor
+
+
+class TinyModel(nn.Module):
+    """Two heads on a linear layer with dropout; label 0 is padding. `before_forward` is told the number of the call."""
+
+    head_names = ("kind", "place")
+
+    def __init__(self, dropout: float = 0.0, before_forward: Callable[[int], None] | None = None) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(7)
+        self.hidden = nn.Linear(WIDTH, WIDTH)
+        self.dropout = nn.Dropout(dropout)
+        self.heads = nn.ModuleList(nn.Linear(WIDTH, classes) for classes in NUM_CLASSES)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.5, generator=generator)
+        self.before_forward = before_forward
+        self.num_calls = 0
+        self.dtypes: set[torch.dtype] = set()
+
+    def logits(self, batch: TinyBatch) -> list[Tensor]:
+        hidden = self.dropout(torch.tanh(self.hidden(batch.inputs)))
+        self.dtypes.add(hidden.dtype)
+        return [head(hidden).float() for head in self.heads]
+
+    def losses(self, batch: TinyBatch) -> Tensor:
+        flat = [logits.flatten(0, 1) for logits in self.logits(batch)]
+        return torch.stack(
+            [
+                F.cross_entropy(logits, batch.labels[..., head].flatten(), ignore_index=0)
+                for head, logits in enumerate(flat)
+            ]
+        )
+
+    def forward(self, batch: TinyBatch) -> Tensor:
+        self.num_calls += 1
+        if self.before_forward is not None:
+            self.before_forward(self.num_calls)
+        return self.losses(batch)
+
+    def metrics(self, batch: TinyBatch) -> dict[str, Tensor]:
+        hits = [
+            ((logits.argmax(-1) == batch.labels[..., head]) & (batch.labels[..., head] != 0)).sum()
+            for head, logits in enumerate(self.logits(batch))
+        ]
+        return {"loss": self.losses(batch), "top1": torch.stack(hits) / batch.num_targets}
+
+
+@dataclass
+class TinyLoader:
+    """Windows of 1 to 5 labels, right-padded, in an order that (seed, epoch) alone decides."""
+
+    batch_size: int
+    num_samples: int = 22
+    seed: int = 0
+    device: str = "cpu"
+    epoch: int = 0
+    position: int = 0
+    resume_position: int = 0
+    inputs: Tensor = field(init=False)
+    labels: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(100 + self.seed)
+        self.inputs = torch.randn(self.num_samples, 5, WIDTH, generator=generator)
+        classes = [torch.randint(1, size, (self.num_samples, 5), generator=generator) for size in NUM_CLASSES]
+        lengths = torch.randint(1, 6, (self.num_samples,), generator=generator)
+        is_label = torch.arange(5) < lengths[:, None]
+        self.labels = (torch.stack(classes, dim=-1) * is_label[..., None]).to(self.device)
+        self.inputs = self.inputs.to(self.device)
+
+    def __len__(self) -> int:
+        return -(-self.num_samples // self.batch_size)
+
+    def batch(self, samples: Tensor | Sequence[int]) -> TinyBatch:
+        labels = self.labels[samples]
+        return TinyBatch(self.inputs[samples], labels, (labels[..., 0] != 0).sum())
+
+    def __iter__(self) -> Iterator[TinyBatch]:
+        order = torch.randperm(self.num_samples, generator=torch.Generator().manual_seed(1000 * self.seed + self.epoch))
+        position, self.resume_position = self.resume_position, 0
+        while position < self.num_samples:
+            samples = order[position : position + self.batch_size]
+            position = self.position = position + len(samples)
+            yield self.batch(samples)
+        self.position = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        if epoch != self.epoch:
+            self.epoch, self.position, self.resume_position = epoch, 0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch = state["epoch"]
+        self.position = self.resume_position = state["position"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Tensors this small gain nothing from threads, and lose much to threads that wait where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tiny() -> Any:
+    """The classes above, for tests that cannot import a conftest."""
+
+    class Tiny:
+        Model = TinyModel
+        Loader = TinyLoader
+        classes = NUM_CLASSES
+
+    return Tiny

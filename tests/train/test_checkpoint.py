@@ -1,0 +1,160 @@
+"""Checkpoints are whole or absent, and say what is wrong with them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from eventkern.train import CheckpointError
+from eventkern.train.checkpoint import (
+    COMMENT_BYTES,
+    CheckpointFolder,
+    last_checkpoint,
+    load_checkpoint,
+    load_weights,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+)
+
+
+def state_of(value: float) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "model": {"weight": torch.full((50, 40), value)},
+        "step": 3,
+        "loader": {"seed": 2**63, "w": None},
+    }
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "step-00000003.pt"
+    save_checkpoint(state_of(1.0), path)
+    return path
+
+
+def test_what_is_saved_is_loaded_and_torch_reads_it_alone(saved: Path) -> None:
+    ours, torchs = load_checkpoint(saved), torch.load(saved, weights_only=True)
+    for state in (ours, torchs, torch.load(saved, weights_only=True, mmap=True)):
+        assert torch.equal(state["model"]["weight"], torch.ones(50, 40))
+        assert state["loader"] == {"seed": 2**63, "w": None}
+    with zipfile.ZipFile(saved) as archive:
+        assert archive.comment.startswith(b"eventkern sha256 ")
+        assert archive.testzip() is None
+
+
+def test_every_truncation_is_named(saved: Path) -> None:
+    content = saved.read_bytes()
+    for length in (0, 1, 21, COMMENT_BYTES, len(content) // 2, len(content) - COMMENT_BYTES, len(content) - 1):
+        saved.write_bytes(content[:length])
+        with pytest.raises(CheckpointError, match=rf"step-00000003\.pt: truncated, or no checkpoint: {length} bytes"):
+            load_checkpoint(saved)
+
+
+def test_a_flipped_bit_anywhere_is_named(saved: Path) -> None:
+    content = bytearray(saved.read_bytes())
+    for place in (0, 100, len(content) // 2, len(content) - COMMENT_BYTES - 1, len(content) - 1):
+        content[place] ^= 1
+        saved.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"step-00000003\.pt: damaged"):
+            load_checkpoint(saved)
+        content[place] ^= 1
+    saved.write_bytes(content)
+    load_checkpoint(saved)
+
+
+def test_missing_and_foreign_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"gone\.pt: no such checkpoint"):
+        load_checkpoint(tmp_path / "gone.pt")
+    torch.save({"model": {}}, tmp_path / "foreign.pt")
+    with pytest.raises(CheckpointError, match=r"foreign\.pt: truncated, or no checkpoint"):
+        load_checkpoint(tmp_path / "foreign.pt")
+    save_checkpoint({"format": 99}, tmp_path / "later.pt")
+    with pytest.raises(CheckpointError, match=r"later\.pt: checkpoint format 99, but this version reads 1"):
+        load_checkpoint(tmp_path / "later.pt")
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace", "write"])
+def test_a_save_that_fails_leaves_the_previous_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    folder.save(state_of(1.0), 3, is_best=True)
+    before = sorted(path.name for path in folder.path.iterdir())
+
+    def no_space(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    target = {"fsync": (os, "fsync"), "replace": (Path, "replace"), "write": (torch, "save")}[failing]
+    with monkeypatch.context() as patch:
+        patch.setattr(*target, no_space)
+        with pytest.raises(OSError, match="No space left"):
+            folder.save(state_of(2.0), 3, is_best=False)
+    assert sorted(path.name for path in folder.path.iterdir()) == before
+    assert folder.last is not None
+    assert torch.equal(load_checkpoint(folder.last)["model"]["weight"], torch.ones(50, 40))
+
+
+def test_last_and_best_are_relative_links_and_the_rest_is_pruned(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert last_checkpoint(run) is None
+    folder = CheckpointFolder(run / "checkpoints", keep=2)
+    for step, is_best in ((10, True), (20, True), (30, False), (40, False), (50, False)):
+        folder.save(state_of(step), step, is_best=is_best)
+    assert sorted(os.listdir(folder.path)) == [
+        "best",
+        "last",
+        "step-00000020.pt",
+        "step-00000040.pt",
+        "step-00000050.pt",
+    ]
+    assert os.readlink(folder.path / "last") == "step-00000050.pt"
+    moved = tmp_path / "moved"
+    shutil.move(run, moved)
+    last, best = CheckpointFolder(moved / "checkpoints").last, CheckpointFolder(moved / "checkpoints").best
+    assert (last, best) == (moved / "checkpoints/step-00000050.pt", moved / "checkpoints/step-00000020.pt")
+    assert last_checkpoint(moved) == last
+
+
+def test_a_run_resumed_from_an_earlier_step_keeps_what_it_writes(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=1)
+    folder.save(state_of(1), 100, is_best=False)
+    folder.save(state_of(2), 60, is_best=False)
+    assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["step-00000060.pt"]
+
+
+def test_random_states_go_on(tmp_path: Path) -> None:
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)  # noqa: NPY002
+    save_checkpoint({"format": 1, "random": random_state()}, tmp_path / "random.pt")
+
+    def draw() -> list[float]:
+        return [random.random(), random.gauss(0, 1), np.random.standard_normal(), torch.randn(1).item()]  # noqa: NPY002
+
+    first = draw()
+    assert draw() != first
+    set_random_state(load_checkpoint(tmp_path / "random.pt")["random"])
+    assert draw() == first
+
+
+def test_weights_of_another_model_are_named(tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 2)
+    path = tmp_path / "some.pt"
+    load_weights(model, {"weight": torch.ones(2, 3), "bias": torch.zeros(2)}, path)
+    assert torch.equal(model.weight, torch.ones(2, 3))
+    for weights, message in (
+        ({"weight": torch.ones(2, 4), "bias": torch.zeros(2)}, r"'weight' is \(2, 4\) in the checkpoint and \(2, 3\)"),
+        ({"weight": torch.ones(2, 3)}, r"'bias' is absent in the checkpoint and \(2,\) in the model"),
+        ({**model.state_dict(), "scale": torch.ones(1)}, r"'scale' is \(1,\) in the checkpoint and absent"),
+    ):
+        with pytest.raises(CheckpointError, match=rf"some\.pt: parameter {message}"):
+            load_weights(model, weights, path)

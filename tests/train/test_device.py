@@ -1,0 +1,54 @@
+"""Devices and precisions by name, and seeds."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from eventkern.train import ConfigError
+from eventkern.train.device import autocast, seed_everything, select_device, select_precision
+
+
+def test_auto_takes_the_best_device_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cuda, mps, wanted in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=cuda: there)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda there=mps: there)
+        assert select_device("auto") == torch.device(wanted)
+        assert select_device("cpu") == torch.device("cpu")
+    for missing in ("cuda", "mps"):
+        with pytest.raises(ConfigError, match=rf"device is '{missing}', but torch .* sees no such device"):
+            select_device(missing)
+    with pytest.raises(ConfigError, match=r"device is 'tpu', but must be auto \| cpu \| cuda \| mps"):
+        select_device("tpu")
+
+
+def test_auto_precision_is_bf16_where_cuda_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert select_precision("auto", torch.device("cpu")) == "fp32"
+    for has_it, wanted in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has_it=has_it, **_: has_it)
+        assert select_precision("auto", torch.device("cuda")) == wanted
+        assert select_precision("fp32", torch.device("cuda")) == "fp32"
+
+
+def test_autocast_computes_products_in_bf16() -> None:
+    x = torch.ones(2, 2)
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        with autocast(precision, torch.device("cpu")):
+            assert (x @ x).dtype == dtype
+
+
+def test_every_generator_is_seeded() -> None:
+    def draw() -> list[float]:
+        return [random.random(), np.random.standard_normal(), torch.randn(1).item()]  # noqa: NPY002
+
+    seed_everything(2**40 + 1)
+    first = draw()
+    seed_everything(2**40 + 1)
+    again = draw()
+    seed_everything(2**40 + 2)
+    other = draw()
+    assert again == first
+    assert not set(other) & set(first)

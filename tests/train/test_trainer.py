@@ -1,0 +1,369 @@
+"""The loop: equal to a large batch, bitwise on resume, silent between logs, and stoppable."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from eventkern.train import ConfigError, Ledger, Loaders, Trainer, TrainerConfig
+from eventkern.train.checkpoint import load_checkpoint
+
+BASE = TrainerConfig(epochs=3, batch_size=6, lr=0.01, schedule="constant", device="cpu", precision="fp32", log_every=1)
+
+
+def make_trainer(tiny: Any, run_dir: Path, model: Any = None, *, loader: Any = None, **keys: Any) -> Trainer:
+    config = TrainerConfig(**{**vars(BASE), **keys})
+    train = tiny.Loader(config.batch_size, device=config.device) if loader is None else loader
+    loaders = Loaders(train, tiny.Loader(4, num_samples=9, seed=1, device=config.device))
+    return Trainer(model or tiny.Model(), config, loaders, run_dir=run_dir, resume_command="eventkern train on")
+
+
+def rows_of(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def step_gradients(trainer: Trainer, batches: list[Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The gradients that the optimizer is given, and the losses that are logged."""
+    found: dict[str, torch.Tensor] = {}
+
+    def record(*_: Any) -> None:
+        found.update({name: p.grad.clone() for name, p in trainer.model.named_parameters()})  # type: ignore[attr-defined]
+
+    trainer.optimizer.register_step_pre_hook(record)
+    return found, trainer._train_step(batches).losses
+
+
+@pytest.mark.parametrize("parts", [(3, 3), (1, 2, 3), (1, 1, 1, 1, 1, 1), (5, 1)])
+def test_accumulation_equals_one_large_batch(tiny: Any, tmp_path: Path, parts: tuple[int, ...]) -> None:
+    loader = tiny.Loader(6)
+    large = loader.batch(list(range(6)))
+    ends = np.cumsum(parts)
+    small = [loader.batch(list(range(end - size, end))) for end, size in zip(ends, parts, strict=True)]
+    label_counts = [int(batch.num_targets) for batch in small]
+    assert len({count / size for count, size in zip(label_counts, parts, strict=True)}) > 1  # unequal, else no test
+
+    one, loss_of_one = step_gradients(make_trainer(tiny, tmp_path, clip=0.0), [large])
+    many, loss_of_many = step_gradients(make_trainer(tiny, tmp_path, clip=0.0), small)
+    for name, gradient in one.items():
+        # each element sums about 20 labels: a few roundings of the largest addend
+        torch.testing.assert_close(
+            many[name], gradient, rtol=0, atol=8 * 2**-24 * gradient.abs().max().item(), msg=name
+        )
+    torch.testing.assert_close(loss_of_many, loss_of_one, rtol=4 * 2**-24, atol=0)
+
+
+def test_clipping_bounds_the_step_and_logs_the_norm_before(tiny: Any, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny, tmp_path, clip=0.25, max_steps=1)
+    clipped, _ = step_gradients(trainer, [trainer.loaders.train.batch([0, 1, 2])])  # type: ignore[attr-defined]
+    free, _ = step_gradients(make_trainer(tiny, tmp_path, clip=0.0), [tiny.Loader(6).batch([0, 1, 2])])
+    norm = torch.stack([gradient.norm() for gradient in clipped.values()]).norm()
+    norm_before = torch.stack([gradient.norm() for gradient in free.values()]).norm()
+    assert norm_before > 0.5
+    assert norm.item() == pytest.approx(0.25, rel=1e-4)
+
+
+def test_a_step_does_not_wait_for_the_device(tiny: Any, tmp_path: Path) -> None:
+    class Syncs(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[str] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "_local_scalar_dense" in str(func) or "nonzero" in str(func):
+                self.seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    trainer = make_trainer(tiny, tmp_path, grad_accum=2, warmup_steps=2)
+    batches = list(trainer.loaders.train)
+    with Syncs() as syncs:
+        for step in range(2):
+            trainer._train_step(batches[2 * step : 2 * step + 2])
+        assert syncs.seen == []
+        torch.ones(()).item()
+        assert syncs.seen  # the watch works
+
+
+RESUMES = {
+    "mid-epoch": ([2], {}),
+    "mid-accumulation-epoch": ([1], {"batch_size": 3, "grad_accum": 3}),
+    "epoch end": ([4], {}),
+    "twice": ([3, 7], {}),
+    "plateau": ([5], {"schedule": "plateau", "warmup_steps": 3, "evaluate_every": 2}),
+    "cosine": ([5], {"schedule": "cosine", "warmup_steps": 2, "save_every": 2}),
+    "adam": ([6], {"optimizer": "adam", "weight_decay": 0.1, "keep_checkpoints": 3}),
+}
+
+
+@pytest.mark.parametrize("name", RESUMES)
+def test_a_resumed_run_is_bitwise_the_undisturbed_one(tiny: Any, tmp_path: Path, name: str) -> None:
+    stops, keys = RESUMES[name]
+    calls_per_step = keys.get("grad_accum", 1)
+    undisturbed = make_trainer(tiny, tmp_path / "whole", tiny.Model(dropout=0.3), **keys)
+    wanted = undisturbed.fit()
+    assert not wanted.interrupted
+    assert wanted.step > stops[-1]
+
+    for number, stop in enumerate(stops):
+
+        def interrupt(calls: int, at: int = stop - (stops[number - 1] if number else 0)) -> None:
+            if calls == (at - 1) * calls_per_step + 1:
+                signal.raise_signal(signal.SIGTERM)
+
+        part = make_trainer(tiny, tmp_path / "parts", tiny.Model(dropout=0.3, before_forward=interrupt), **keys)
+        if number:
+            part.resume(tmp_path / "parts/checkpoints/last")
+        result = part.fit()
+        assert (result.interrupted, result.step) == (True, stop)
+        torch.rand(3)  # another process has other generator states
+        np.random.rand(3)  # noqa: NPY002
+
+    resumed = make_trainer(tiny, tmp_path / "parts", tiny.Model(dropout=0.3), **keys)
+    resumed.resume(tmp_path / "parts/checkpoints/last")
+    assert resumed.fit() == wanted
+    states = [load_checkpoint(tmp_path / run / "checkpoints/last") for run in ("whole", "parts")]
+    assert states[0]["environment"].pop("time")
+    assert states[1]["environment"].pop("time")
+    assert_same(states[0], states[1])
+    measured = ("events_per_s", "step_ms", "data_wait_ms", "data_wait_share")
+    histories = [
+        [{key: value for key, value in row.items() if key not in measured} for row in rows_of(tmp_path / run)]
+        for run in ("whole", "parts")
+    ]
+    assert histories[0] == histories[1]
+
+
+def assert_same(one: Any, other: Any, where: str = "state") -> None:
+    assert type(one) is type(other), where
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for place, pair in enumerate(zip(one, other, strict=True)):
+            assert_same(*pair, f"{where}[{place}]")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    else:
+        assert one == other, where
+
+
+def test_another_batch_size_continues_the_same_order(tiny: Any, tmp_path: Path) -> None:
+    make_trainer(tiny, tmp_path, max_steps=2).fit()
+    seen: list[int] = []
+    loader = tiny.Loader(5)
+    batch = loader.batch
+    loader.batch = lambda samples: seen.extend(samples.tolist()) or batch(samples)
+    resumed = make_trainer(tiny, tmp_path, loader=loader, epochs=1, batch_size=5)
+    resumed.resume(tmp_path / "checkpoints/last")
+    resumed.fit()
+    order = torch.randperm(22, generator=torch.Generator().manual_seed(0)).tolist()
+    assert seen == order[12:]
+
+
+def test_a_position_at_the_end_of_a_larger_batch_size_moves_to_the_next_epoch(tiny: Any, tmp_path: Path) -> None:
+    class DropLast(tiny.Loader):  # type: ignore[misc]
+        def __iter__(self) -> Iterator[Any]:
+            return (batch for batch in super().__iter__() if len(batch.inputs) == self.batch_size)
+
+    make_trainer(tiny, tmp_path, max_steps=3).fit()
+    resumed = make_trainer(tiny, tmp_path, loader=DropLast(10), epochs=2, batch_size=10)
+    resumed.resume(tmp_path / "checkpoints/last")
+    result = resumed.fit()
+    assert (result.step, result.epochs_done) == (3 + 2, 2)
+
+
+class ScriptedModel:
+    """Validation losses by script, one for each evaluation."""
+
+    def __new__(cls, tiny: Any, totals: list[float]) -> Any:
+        script = iter(totals)
+
+        class Scripted(tiny.Model):  # type: ignore[misc]
+            def train(self, mode: bool = True) -> Any:
+                if not mode:
+                    self.total = next(script)
+                return super().train(mode)
+
+            def metrics(self, batch: Any) -> dict[str, torch.Tensor]:
+                return {"loss": torch.tensor([self.total - 1, 1.0]), "top1": torch.tensor([0.5, 0.25])}
+
+        return Scripted()
+
+
+def test_best_is_the_lowest_validation_loss_and_the_ledger_is_its(tiny: Any, tmp_path: Path) -> None:
+    ledger = Ledger(("kind", "place"), (5, 7), [1.5, 1.8], [1.4, 1.7])
+    trainer = make_trainer(tiny, tmp_path, ScriptedModel(tiny, [4.0, 3.0, 3.5, 3.25]), evaluate_every=3)
+    trainer.ledger = ledger
+    result = trainer.fit()
+    assert result.best_loss == 3.0
+    assert result.step == 12
+    folder = tmp_path / "checkpoints"
+    assert os.readlink(folder / "best") == "step-00000006.pt"
+    assert os.readlink(folder / "last") == "step-00000012.pt"
+    assert sorted(path.name for path in folder.glob("*.pt")) == ["step-00000006.pt", "step-00000012.pt"]
+    saved = json.loads((tmp_path / "ledger.json").read_text())
+    assert (saved["step"], saved["sum"]["model"]) == (6, 3.0)
+    evaluated = {row["step"]: row["validation_loss_sum"] for row in rows_of(tmp_path) if "validation_loss_sum" in row}
+    assert evaluated == {3: 4.0, 6: 3.0, 9: 3.5, 12: 3.25}
+
+
+def test_the_plateau_schedule_sees_every_due_evaluation(tiny: Any, tmp_path: Path) -> None:
+    model = ScriptedModel(tiny, [3.0] * 12)
+    trainer = make_trainer(tiny, tmp_path, model, schedule="plateau", evaluate_every=1)
+    trainer.fit()
+    rates = [row["lr"] for row in rows_of(tmp_path)]
+    # the first evaluation is the best; more than 3 worse ones in a row halve the rate of the step after
+    assert rates == [0.01] * 5 + [0.005] * 4 + [0.0025] * 3
+
+
+def test_an_evaluation_that_only_ends_a_run_leaves_the_schedule_alone(tiny: Any, tmp_path: Path) -> None:
+    keys = {"schedule": "plateau", "evaluate_every": 2}
+    make_trainer(tiny, tmp_path / "whole", ScriptedModel(tiny, [3.0] * 6), **keys).fit()
+    make_trainer(tiny, tmp_path / "parts", ScriptedModel(tiny, [3.0] * 3), max_steps=5, **keys).fit()
+    resumed = make_trainer(tiny, tmp_path / "parts", ScriptedModel(tiny, [3.0] * 4), **keys)
+    resumed.resume(tmp_path / "parts/checkpoints/last")
+    resumed.fit()
+    rates = [{row["step"]: row["lr"] for row in rows_of(tmp_path / run)} for run in ("whole", "parts")]
+    assert rates[0] == rates[1]
+    assert rates[0][12] == 0.005
+
+
+def test_a_resumed_run_remembers_its_best(tiny: Any, tmp_path: Path) -> None:
+    make_trainer(tiny, tmp_path, ScriptedModel(tiny, [3.0]), max_steps=3, evaluate_every=3).fit()
+    resumed = make_trainer(tiny, tmp_path, ScriptedModel(tiny, [4.0, 3.5]), max_steps=9, evaluate_every=3)
+    resumed.resume(tmp_path / "checkpoints/last")
+    assert resumed.fit().best_loss == 3.0
+    assert os.readlink(tmp_path / "checkpoints/best") == "step-00000003.pt"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_on_a_gpu_never_waits_for_it(tiny: Any, tmp_path: Path, precision: str) -> None:
+    keys = {"device": "cuda", "precision": precision, "grad_accum": 2, "weight_decay": 0.1, "warmup_steps": 2}
+    trainer = make_trainer(tiny, tmp_path, **keys)
+    batches = list(trainer.loaders.train)
+    trainer._train_step(batches[:2])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        outcome = trainer._train_step(batches[2:])
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            outcome.losses.tolist()  # the watch works
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert outcome.losses.isfinite().all()
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_resumes_bitwise(tiny: Any, tmp_path: Path) -> None:
+    keys = {"device": "cuda", "schedule": "cosine"}
+    make_trainer(tiny, tmp_path / "whole", tiny.Model(dropout=0.3), **keys).fit()
+    stop = tiny.Model(dropout=0.3, before_forward=lambda calls: calls == 6 and signal.raise_signal(signal.SIGTERM))
+    assert make_trainer(tiny, tmp_path / "parts", stop, **keys).fit().step == 6
+    resumed = make_trainer(tiny, tmp_path / "parts", tiny.Model(dropout=0.3), **keys)
+    resumed.resume(tmp_path / "parts/checkpoints/last")
+    assert resumed.fit().step == 12
+    states = [load_checkpoint(tmp_path / run / "checkpoints/last") for run in ("whole", "parts")]
+    for key in ("model", "optimizer", "schedule", "random"):
+        assert_same(states[0][key], states[1][key], key)
+
+
+def test_the_run_folder_and_its_rows(tiny: Any, tmp_path: Path) -> None:
+    result = make_trainer(tiny, tmp_path, log_every=3).fit()
+    assert (result.step, result.epochs_done) == (12, 3)
+    rows = rows_of(tmp_path)
+    assert [row["step"] for row in rows] == [3, 4, 6, 8, 9, 12]  # every third, and the end of every epoch
+    assert [row["epoch"] for row in rows] == [1, 1, 2, 2, 3, 3]
+    for row in rows:
+        assert row["loss_mean"] == pytest.approx(row["loss_sum"] / 2)
+        assert row["events_per_s"] > 0
+        assert 0 <= row["data_wait_ms"] <= row["step_ms"]
+    assert rows[-1]["loss_sum"] < rows[0]["loss_sum"]
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_max_steps_ends_inside_an_epoch_with_an_evaluation(tiny: Any, tmp_path: Path) -> None:
+    result = make_trainer(tiny, tmp_path, max_steps=2).fit()
+    assert (result.step, result.epochs_done, result.interrupted) == (2, 0, False)
+    assert "validation_loss_sum" in rows_of(tmp_path)[-1]
+
+
+def test_a_finished_run_says_so(tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_trainer(tiny, tmp_path, max_steps=2).fit()
+    before = (tmp_path / "metrics.jsonl").read_text()
+    again = make_trainer(tiny, tmp_path, max_steps=2)
+    again.resume(tmp_path / "checkpoints/last")
+    assert again.fit().step == 2
+    assert "nothing left to do at step 2: raise epochs or max_steps" in capsys.readouterr().out
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
+    tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    model = tiny.Model(before_forward=lambda calls: signal.raise_signal(number) if calls == 2 else None)
+    result = make_trainer(tiny, tmp_path, model, log_every=100).fit()
+    assert (result.step, result.interrupted) == (2, True)
+    assert load_checkpoint(tmp_path / "checkpoints/last")["step"] == 2
+    assert "stopped after step 2" in (said := capsys.readouterr().out)
+    assert "to go on: eventkern train on" in said
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_second_ctrl_c_aborts(tiny: Any, tmp_path: Path) -> None:
+    def press_twice(calls: int) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(tiny, tmp_path, tiny.Model(before_forward=press_twice)).fit()
+
+
+def test_a_loss_that_is_not_finite_is_named_and_not_saved(tiny: Any, tmp_path: Path) -> None:
+    model = tiny.Model()
+
+    def spoil(calls: int) -> None:
+        if calls == 3:
+            model.heads[1].weight.data.fill_(torch.nan)
+
+    model.before_forward = spoil
+    with pytest.raises(FloatingPointError, match="step 3: the loss of place is not finite"):
+        make_trainer(tiny, tmp_path, model, save_every=1).fit()
+    assert load_checkpoint(tmp_path / "checkpoints/last")["step"] == 2
+    assert rows_of(tmp_path)[-1]["step"] == 2
+
+
+def test_bf16_is_autocast_over_float32_weights(tiny: Any, tmp_path: Path) -> None:
+    model = tiny.Model()
+    make_trainer(tiny, tmp_path, model, precision="bf16", max_steps=1).fit()
+    assert model.dtypes == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_a_loader_without_a_batch_is_named(tiny: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="training loader has no batch"):
+        make_trainer(tiny, tmp_path, loader=tiny.Loader(6, num_samples=0))
+
+
+def test_nothing_is_imported_before_it_is_used() -> None:
+    program = (
+        "import sys, eventkern.train; assert 'torch' not in sys.modules, 'torch'\n"
+        "import eventkern.train.trainer\n"
+        "late = {'rich', 'tensorboard', 'matplotlib', 'triton', 'tyro', 'torch._dynamo'} & set(sys.modules)\n"
+        "assert not late, late"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
