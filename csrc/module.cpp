@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "gather.h"
+#include "parallel.h"
 #include "permutation.h"
 
 namespace py = pybind11;
@@ -28,6 +29,7 @@ EntityIndex entity_index(const std::array<uintptr_t, 3>& addresses) {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
+  watch_forks();
 #ifdef EVENTKERN_CUDA
   module.attr("has_cuda") = true;
 #else

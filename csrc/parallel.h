@@ -2,7 +2,10 @@
 // reaches code written inside the cloned function, and not a lambda handed to a generic parallel_for.
 #pragma once
 
+#include <pthread.h>
+
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
@@ -12,6 +15,16 @@
 #endif
 
 namespace eventkern {
+
+// A forked child inherits libgomp's belief in threads that it does not have, and hangs in its first region of two.
+inline std::atomic<bool> is_forked_child = false;
+
+inline void watch_forks() {
+  pthread_atfork(nullptr, nullptr, [] { is_forked_child = true; });
+}
+
+// Threads that a region may open here, of those asked for.
+inline int allowed_threads(int num_threads) { return is_forked_child ? 1 : std::max(num_threads, 1); }
 
 struct Range {
   int64_t begin;

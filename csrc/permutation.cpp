@@ -43,7 +43,7 @@ EVENTKERN_CLONES void permute_range(const Permutation& permutation, int64_t star
 
 void permutation_cpu(const Permutation& permutation, int64_t start, int64_t count, int64_t* out, int num_threads) {
   const int64_t grains = (count + kGrain - 1) / kGrain;
-  const int num_parts = static_cast<int>(std::clamp<int64_t>(grains, 1, std::max(num_threads, 1)));
+  const int num_parts = static_cast<int>(std::clamp<int64_t>(grains, 1, allowed_threads(num_threads)));
   if (num_parts == 1) {
     permute_range(permutation, start, count, out);
     return;

@@ -1,5 +1,8 @@
 """permutation and IndexSampler: bijections, the same order everywhere, shares of ranks, resuming."""
 
+import subprocess
+import sys
+
 import hypothesis
 import pytest
 import torch
@@ -40,6 +43,22 @@ def test_threads_do_not_change_the_order():
         torch.set_num_threads(before)
     assert orders[0].equal(orders[1])
     assert orders[0].equal(orders[2])
+
+
+FORKED_AFTER_A_PARALLEL_REGION = """
+import os, torch
+from eventkern.data import permutation
+torch.set_num_threads(2)
+expected = permutation(200_000, seed=1)
+child = os.fork()
+if child == 0:
+    os._exit(0 if permutation(200_000, seed=1).numpy().tobytes() == expected.numpy().tobytes() else 1)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_child_does_not_hang():
+    subprocess.run([sys.executable, "-c", FORKED_AFTER_A_PARALLEL_REGION], check=True, timeout=60)
 
 
 def test_seed_and_epoch_are_not_added():
