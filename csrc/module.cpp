@@ -26,6 +26,15 @@ EntityIndex entity_index(const std::array<uintptr_t, 3>& addresses) {
           pointer<const int64_t>(addresses[2])};
 }
 
+WindowGather for_batch(WindowGather gather, uintptr_t anchors, int64_t batch_size, uintptr_t sources,
+                       uintptr_t targets) {
+  gather.anchors = pointer<const int64_t>(anchors);
+  gather.batch_size = batch_size;
+  gather.sources = pointer<void>(sources);
+  gather.targets = pointer<void>(targets);
+  return gather;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -77,13 +86,8 @@ PYBIND11_MODULE(_C, module) {
           "cpu",
           [](const WindowGather& self, uintptr_t anchors, int64_t batch_size, uintptr_t sources, uintptr_t targets,
              uintptr_t num_labels) {
-            WindowGather gather = self;
-            gather.anchors = pointer<const int64_t>(anchors);
-            gather.batch_size = batch_size;
-            gather.sources = pointer<void>(sources);
-            gather.targets = pointer<void>(targets);
             py::gil_scoped_release release;
-            gather_windows_cpu(gather, pointer<int64_t>(num_labels));
+            gather_windows_cpu(for_batch(self, anchors, batch_size, sources, targets), pointer<int64_t>(num_labels));
           },
           py::arg("anchors"), py::arg("batch_size"), py::arg("sources"), py::arg("targets"), py::arg("num_labels"))
 #ifdef EVENTKERN_CUDA
@@ -91,13 +95,9 @@ PYBIND11_MODULE(_C, module) {
           "cuda",
           [](const WindowGather& self, uintptr_t anchors, int64_t batch_size, uintptr_t sources, uintptr_t targets,
              uintptr_t num_labels, int device, uintptr_t stream) {
-            WindowGather gather = self;
-            gather.anchors = pointer<const int64_t>(anchors);
-            gather.batch_size = batch_size;
-            gather.sources = pointer<void>(sources);
-            gather.targets = pointer<void>(targets);
             py::gil_scoped_release release;
-            gather_windows_cuda(gather, pointer<int64_t>(num_labels), device, pointer<void>(stream));
+            gather_windows_cuda(for_batch(self, anchors, batch_size, sources, targets), pointer<int64_t>(num_labels),
+                                device, pointer<void>(stream));
           },
           py::arg("anchors"), py::arg("batch_size"), py::arg("sources"), py::arg("targets"), py::arg("num_labels"),
           py::arg("device"), py::arg("stream"))
