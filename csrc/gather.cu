@@ -32,7 +32,7 @@ __global__ void gather_windows_kernel(WindowGather gather, unsigned long long* n
 void gather_windows_cuda(const WindowGather& gather, int64_t* num_labels, int device, void* stream) {
   auto* const cuda_stream = static_cast<cudaStream_t>(stream);
   auto* const counter = reinterpret_cast<unsigned long long*>(num_labels);
-  cuda_check(cudaSetDevice(device), "cudaSetDevice");
+  const DeviceGuard guard(device);
   cuda_check(cudaMemsetAsync(counter, 0, sizeof(*counter), cuda_stream), "cudaMemsetAsync");
   if (gather.batch_size == 0) return;
   const dim3 grid(static_cast<unsigned>(gather.batch_size), static_cast<unsigned>(gather.num_streams + 1));

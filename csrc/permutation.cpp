@@ -5,7 +5,7 @@
 namespace eventkern {
 namespace {
 
-constexpr int kBlock = 1024;             // positions permuted at a time: 8 KiB of output, 4 KiB of walkers
+constexpr int kBlock = 1024;             // positions permuted at a time: 8 KiB of output, 12 KiB of walkers
 constexpr int64_t kGrain = 16 * kBlock;  // fewer positions than this do not pay for a second thread
 
 // The values outside [0, n) walk on together as a compacted vector, so that the walk is vector code too.

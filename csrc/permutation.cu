@@ -21,7 +21,7 @@ void permutation_cuda(const Permutation& permutation, int64_t start, int64_t cou
   constexpr int kThreads = 256;
   constexpr int64_t kMaxBlocks = 1 << 16;
   const int64_t blocks = std::min((count + kThreads - 1) / kThreads, kMaxBlocks);
-  cuda_check(cudaSetDevice(device), "cudaSetDevice");
+  const DeviceGuard guard(device);
   permutation_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
       permutation, start, count, out);
   cuda_check(cudaGetLastError(), "permutation kernel");

@@ -54,6 +54,11 @@ def permutation(
     for name, key in (("seed", seed), ("epoch", epoch)):
         if not 0 <= key < _MAX_KEY:
             raise ValueError(f"{name} is {key}; want 0 to 2^64 - 1")
+    device = torch.device(device) if out is None else out.device
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {device}; want cpu or cuda")
+    if device.type == "cuda" and not _C.has_cuda:
+        raise RuntimeError("device is 'cuda', but eventkern._C was built without CUDA; rebuild it where nvcc is found")
     if out is None:
         out = torch.empty(stop - start, dtype=torch.int64, device=device)
     elif out.shape != (stop - start,) or out.dtype != torch.int64 or not out.is_contiguous():
@@ -61,15 +66,9 @@ def permutation(
     where = {"n": n, "seed": seed, "epoch": epoch, "start": start, "count": stop - start, "out": out.data_ptr()}
     if out.device.type == "cpu":
         _C.permutation_cpu(**where, num_threads=torch.get_num_threads())
-    elif out.device.type == "cuda":
-        if not _C.has_cuda:
-            raise RuntimeError(
-                "device is 'cuda', but eventkern._C was built without CUDA; rebuild it where nvcc is found"
-            )
+    else:
         stream = torch.cuda.current_stream(out.device).cuda_stream
         _C.permutation_cuda(**where, device=out.device.index, stream=stream)
-    else:
-        raise ValueError(f"device is {out.device}; want cpu or cuda")
     return out
 
 
@@ -121,6 +120,8 @@ class IndexSampler:
         for name, value in (("num_samples", num_samples), ("batch_size", batch_size), ("world_size", world_size)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; want at least 1")
+        if not 0 <= seed < _MAX_KEY:
+            raise ValueError(f"seed is {seed}; want 0 to 2^64 - 1")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank}; want 0 to world_size - 1 = {world_size - 1}")
         if window is not None:
@@ -138,7 +139,7 @@ class IndexSampler:
 
     @property
     def num_dropped(self) -> int:
-        """Samples of an epoch that no rank sees."""
+        """Samples of a whole epoch that no rank sees."""
         short = self.num_samples % (self.batch_size * self.world_size)
         return short if self.drop_last else short % self.world_size
 
@@ -158,7 +159,6 @@ class IndexSampler:
             start, stop, position = batch
             self._position = position
             yield self._indices(start, stop)
-        self._position = 0
 
     def _slice(self, position: int) -> tuple[int, int, int] | None:
         """This rank's [start, stop) of the global batch at `position`, and the position after it; None at the end."""

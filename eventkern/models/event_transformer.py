@@ -43,7 +43,7 @@ class EventTransformerConfig:
         decoder_layers: layers of the decoder.
         dropout: probability at the embeddings and after every attention and feed-forward block; attention weights have
             none, because flash attention on the CPU has none.
-        positions: "learned" or "sinusoidal" positions, source positions counted back from the anchor.
+        positions: "learned" or "sinusoidal" positions; sources are S long, so theirs count back from the anchor.
     """
 
     category_names: tuple[str, ...]
@@ -136,7 +136,7 @@ class DecoderLayer(nn.Module):
 
 
 class Positions(nn.Module):
-    """A (length, D) table added to embeddings: a parameter, or the sines of Vaswani et al., 2017, section 3.5."""
+    """A (length, D) table added to embeddings of that length or less: a parameter, or sines (Vaswani et al., 2017)."""
 
     def __init__(self, length: int, d_model: int, kind: str) -> None:
         super().__init__()
@@ -190,13 +190,28 @@ class EventTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def encode(self, sources_BKSC: Tensor) -> Tensor:
-        """Source events (B, K, S, C) to the streams' last vectors, memory (B, K, D)."""
+        """Source events (B, K, S, C) to the streams' last vectors, memory (B, K, D).
+
+        Raises:
+            ValueError: another number or length of streams than the configuration's.
+        """
+        shape = (self.config.num_streams, self.config.src_seq_len, len(self.head_names))
+        if sources_BKSC.shape[1:] != shape:
+            raise ValueError(f"sources has shape {tuple(sources_BKSC.shape)}; want (B, K, S, C) with K, S, C = {shape}")
         states_BKSD = self.dropout(self.source_positions(self.embedding(sources_BKSC)))
         vectors = [encoder(states_BKSD[:, stream]) for stream, encoder in enumerate(self.encoders)]
         return torch.stack(vectors, dim=1)
 
     def decode(self, events_BTC: Tensor, memory_BKD: Tensor) -> Tensor:
-        """Events 0..T-1 (B, T, C) and memory (B, K, D) to the states (B, T, D) that predict events 1..T."""
+        """Events 0..T-1 (B, T, C) and memory (B, K, D) to the states (B, T, D) that predict events 1..T.
+
+        Raises:
+            ValueError: more events than the configuration's tgt_seq_len.
+        """
+        if events_BTC.shape[1] > self.config.tgt_seq_len:
+            raise ValueError(
+                f"{events_BTC.shape[1]} events to decode; want at most tgt_seq_len = {self.config.tgt_seq_len}"
+            )
         states_BTD = self.dropout(self.target_positions(self.embedding(events_BTC)))
         for layer in self.decoder:
             states_BTD = layer(states_BTD, memory_BKD)

@@ -1,7 +1,11 @@
-"""Process-wide switches that every op reads: the reference route, and synchronous input checks."""
+"""What every op reads: the dtypes that kernels serve, and the process-wide switches."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _reference_depth = 0
 _check_depth = 0

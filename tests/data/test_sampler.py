@@ -147,6 +147,15 @@ def test_a_state_goes_on_under_another_batch_and_world_size(batch_size, world_si
     assert len(expected) - len(left) < world_size
 
 
+def test_the_end_of_an_epoch_is_not_its_beginning():
+    sampler = IndexSampler(10, 3, seed=5)
+    assert len(list(sampler)) == 4
+    resumed = IndexSampler(10, 2)
+    resumed.load_state_dict(sampler.state_dict())
+    assert list(resumed) == []
+    assert len(list(sampler)) == 4
+
+
 def test_a_resumed_epoch_is_followed_by_a_whole_one():
     sampler = IndexSampler(10, 3, seed=5)
     sampler.load_state_dict({**sampler.state_dict(), "position": 6})
@@ -168,6 +177,7 @@ def test_a_foreign_state_is_refused_by_name(key, value):
         ({"batch_size": 0}, "batch_size is 0"),
         ({"world_size": 2, "rank": 2}, "rank is 2; want 0 to world_size - 1 = 1"),
         ({"window": 4}, "window is 4"),
+        ({"seed": -1}, "seed is -1"),
     ],
 )
 def test_a_wrong_argument_of_the_sampler_is_named(options, message):

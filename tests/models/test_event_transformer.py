@@ -83,6 +83,39 @@ def test_every_source_event_of_every_stream_moves_its_own_vector_alone(model, ge
                 assert moved.tolist() == [other == stream for other in range(CONFIG.num_streams)]
 
 
+def test_memory_is_the_normalised_last_state_of_each_stream(model, generator):
+    model, batch = spread_out(model), random_batch(CONFIG, generator)
+    states = model.source_positions(model.embedding(batch.sources))
+    for stream, encoder in enumerate(model.encoders):
+        own = states[:, stream]
+        for layer in encoder.layers:
+            own = layer(own)
+        torch.testing.assert_close(model.encode(batch.sources)[:, stream], encoder.norm(own)[:, -1])
+
+
+def test_a_batch_of_another_shape_is_named(model, generator):
+    batch = random_batch(CONFIG, generator)
+    with pytest.raises(ValueError, match=r"sources has shape \(4, 2, 7, 3\); want .* = \(3, 7, 3\)"):
+        model.encode(batch.sources[:, :2])
+    with pytest.raises(ValueError, match="7 events to decode; want at most tgt_seq_len = 6"):
+        model.decode(batch.targets, model.encode(batch.sources))
+
+
+def test_sinusoids_are_those_of_the_paper():
+    model = EventTransformer(replace(CONFIG, positions="sinusoidal"))
+    for position in range(CONFIG.src_seq_len):
+        for column in range(CONFIG.d_model):
+            angle = position / 10_000 ** (2 * (column // 2) / CONFIG.d_model)
+            expected = math.cos(angle) if column % 2 else math.sin(angle)
+            assert model.source_positions.table[position, column].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_residual_outputs_start_smaller_by_the_number_of_additions(model):
+    additions = 2 * CONFIG.encoder_layers + 3 * CONFIG.decoder_layers
+    wide, narrow = model.decoder[0].attention.qkv.weight.std(), model.decoder[0].attention.out.weight.std()
+    assert (wide / narrow).item() == pytest.approx(additions**0.5, rel=0.1)
+
+
 def test_padding_is_a_learned_event(model, generator):
     batch = random_batch(CONFIG, generator)
     batch.sources[:, 0, :5] = 0

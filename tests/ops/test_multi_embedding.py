@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eventkern.ops import check_inputs, implementations, multi_embedding, use_reference
+from eventkern.ops import check_inputs, implementations, multi_embedding, switches, use_reference
 from eventkern.ops.multi_embedding import reference
 
 MIXED_SIZES = (1, 2, 3, 17, 60, 1000, 4097)
@@ -90,6 +90,12 @@ def test_an_id_out_of_range_is_named(value, checked):
             multi_embedding(ids, torch.ones(9, 2), (3, 3, 3))
 
 
+def test_checks_and_the_reference_route_end_with_their_block():
+    with check_inputs(), check_inputs(), use_reference():
+        assert (switches.is_check_forced(), switches.is_reference_forced()) == (True, True)
+    assert (switches.is_check_forced(), switches.is_reference_forced()) == (False, False)
+
+
 def test_an_id_out_of_range_is_nan_where_nothing_checks():
     ids = torch.tensor([[0, 3], [-1, 1], [1, 2]])
     output = reference.multi_embedding(ids, torch.ones(5, 2), (2, 3), "sum")
@@ -103,6 +109,7 @@ def test_an_id_out_of_range_is_nan_where_nothing_checks():
         ({"ids": torch.zeros(2, 2)}, TypeError, "ids is torch.float32"),
         ({"ids": torch.zeros(2, 3, dtype=torch.int64)}, ValueError, r"ids has shape \(2, 3\); want \(\.\.\., 2\)"),
         ({"weight": torch.zeros(5, 2, dtype=torch.int64)}, TypeError, "weight is torch.int64"),
+        ({"weight": torch.zeros(5, 2, dtype=torch.float64)}, TypeError, "weight is torch.float64"),
         ({"weight": torch.zeros(6, 2)}, ValueError, r"weight has shape \(6, 2\); want \(5, D\)"),
         ({"weight": torch.zeros(5, 2, device="meta")}, ValueError, "ids is on cpu, but weight on meta"),
         ({"table_sizes": (5, 0)}, ValueError, "one positive size per table"),

@@ -171,6 +171,8 @@ def test_a_target_out_of_range_is_named_or_nan(value):
         ({"targets": torch.zeros(3, 2)}, TypeError, "targets is torch.float32"),
         ({"targets": torch.zeros(3, 3, dtype=torch.int64)}, ValueError, r"targets has shape \(3, 3\); want \(3, 2\)"),
         ({"head_sizes": (7, 0)}, ValueError, "one positive size per head"),
+        ({"bias": torch.zeros(7, dtype=torch.float16)}, TypeError, "hidden is torch.float32, but bias torch.float16"),
+        ({"bias": torch.zeros(7, dtype=torch.int64)}, TypeError, "bias is torch.int64"),
         ({"bias": torch.zeros(3)}, ValueError, r"bias has shape \(3,\); want \(7,\)"),
         ({"bias": torch.zeros(7, device="meta")}, ValueError, "bias is on meta, but hidden on cpu"),
         ({"label_smoothing": 1.5}, ValueError, "label_smoothing is 1.5"),

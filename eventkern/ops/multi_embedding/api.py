@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from eventkern.ops.multi_embedding import reference
-from eventkern.ops.switches import is_check_forced
+from eventkern.ops.switches import FLOAT_DTYPES, is_check_forced
 
 _MODES = ("sum", "mean", "concat")
 
@@ -52,7 +52,7 @@ def multi_embedding(
 def _check_arguments(ids: Tensor, weight: Tensor, table_sizes: tuple[int, ...], mode: str) -> None:
     if ids.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"ids is {ids.dtype}; want torch.int32 or torch.int64")
-    if not weight.is_floating_point():
+    if weight.dtype not in FLOAT_DTYPES:
         raise TypeError(f"weight is {weight.dtype}; want torch.float32, torch.bfloat16 or torch.float16")
     if mode not in _MODES:
         raise ValueError(f"mode is {mode!r}; want one of {', '.join(_MODES)}")

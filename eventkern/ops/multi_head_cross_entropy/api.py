@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from eventkern.ops.multi_head_cross_entropy import reference
-from eventkern.ops.switches import is_check_forced
+from eventkern.ops.switches import FLOAT_DTYPES, is_check_forced
 
 _REDUCTIONS = ("mean", "sum", "none")
 
@@ -44,7 +44,7 @@ def multi_head_cross_entropy(
         (H,) float32 losses in nats; (..., H) for "none".
 
     Raises:
-        TypeError: hidden, weight or targets of another dtype.
+        TypeError: hidden, weight, bias or targets of another dtype.
         ValueError: shapes, devices or options that do not fit one another.
         IndexError: a target outside its head, on the CPU or inside check_inputs(). Elsewhere, and in compiled code, its
             loss is NaN.
@@ -70,11 +70,12 @@ def multi_head_cross_entropy(
 def _check_arguments(
     hidden: Tensor, weight: Tensor, targets: Tensor, head_sizes: tuple[int, ...], bias: Tensor | None
 ) -> None:
-    for name, tensor in (("hidden", hidden), ("weight", weight)):
-        if not tensor.is_floating_point():
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype not in FLOAT_DTYPES:
             raise TypeError(f"{name} is {tensor.dtype}; want torch.float32, torch.bfloat16 or torch.float16")
-    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
-        raise TypeError(f"hidden is {hidden.dtype}, but weight {weight.dtype}; want one dtype outside autocast")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+            raise TypeError(f"hidden is {hidden.dtype}, but {name} {tensor.dtype}; want one dtype outside autocast")
     if targets.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"targets is {targets.dtype}; want torch.int32 or torch.int64")
     if not head_sizes or min(head_sizes) < 1:
