@@ -208,10 +208,9 @@ class EventTransformer(nn.Module):
         Raises:
             ValueError: more events than the configuration's tgt_seq_len.
         """
-        if events_BTC.shape[1] > self.config.tgt_seq_len:
-            raise ValueError(
-                f"{events_BTC.shape[1]} events to decode; want at most tgt_seq_len = {self.config.tgt_seq_len}"
-            )
+        most = self.config.tgt_seq_len
+        if events_BTC.shape[1] > most:
+            raise ValueError(f"{events_BTC.shape[1]} events to decode; want at most tgt_seq_len = {most}")
         states_BTD = self.dropout(self.target_positions(self.embedding(events_BTC)))
         for layer in self.decoder:
             states_BTD = layer(states_BTD, memory_BKD)
