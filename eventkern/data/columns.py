@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from eventkern.data.schema import DataError
 
 HAS_ZONE = r"[T ]\d{2}.*(Z|[+-]\d{2}(:?\d{2})?)$"
+NULL_TEXTS = ("", "NA", "NaN", "null")
+"""Texts that stand for a missing number, flag or time. An identifier may be called NA; for it only "" does."""
+
 FALSE_TEXTS = ("0", "false", "no", "0.0")
 TRUE_TEXTS = ("1", "true", "yes", "1.0")
 WALL_CLOCK = pa.timestamp("ns")
@@ -92,7 +95,7 @@ def read_flags(array: pa.Array) -> tuple[NDArray[np.int16], list[int]]:
 
 def read_identifiers(array: pa.Array) -> pa.Array:
     """Identifiers as text, null where missing; an integer reads the same from an integer and from a float column."""
-    array = _plain(array, trim=False)
+    array = _plain(array, verbatim=True)
     if pa.types.is_nested(array.type):
         raise DataError(f"holds {array.type}; give integers or text")
     return _identifier_text(array)
@@ -109,8 +112,8 @@ def nanoseconds(instants: pa.Array) -> NDArray[np.int64]:
     return np.asarray(instants.cast(pa.int64()).to_numpy(zero_copy_only=False))
 
 
-def _plain(array: pa.Array, trim: bool = True) -> pa.Array:
-    """Without dictionaries, of one text type, and with null for empty text; trimmed of spaces."""
+def _plain(array: pa.Array, verbatim: bool = False) -> pa.Array:
+    """Without dictionaries, of one text type, and with null for empty text; trimmed, and NA null, unless verbatim."""
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
     if pa.types.is_null(array.type):
@@ -118,18 +121,20 @@ def _plain(array: pa.Array, trim: bool = True) -> pa.Array:
     if pa.types.is_large_string(array.type) or pa.types.is_string_view(array.type):
         array = array.cast(pa.string())
     if pa.types.is_string(array.type):
-        array = pc.utf8_trim_whitespace(array) if trim else array
-        array = pc.if_else(pc.equal(pc.binary_length(array), 0), pa.scalar(None, pa.string()), array)
+        array = array if verbatim else pc.utf8_trim_whitespace(array)
+        null_texts = pa.array([""] if verbatim else NULL_TEXTS)
+        array = pc.if_else(pc.is_in(array, null_texts), pa.scalar(None, pa.string()), array)
     return array
 
 
 def _identifier_text(array: pa.Array) -> pa.Array:
-    if pa.types.is_floating(array.type):
-        array = pc.if_else(pc.is_nan(array), pa.scalar(None, array.type), array)
-        whole = array.cast(pa.int64(), safe=False)
-        if pc.all(pc.equal(whole.cast(array.type, safe=False), array), min_count=0).as_py():
-            array = whole
-    return array if pa.types.is_string(array.type) else array.cast(pa.string())
+    if not pa.types.is_floating(array.type):
+        return array if pa.types.is_string(array.type) else array.cast(pa.string())
+    numbers, absent = array.cast(pa.float64()), pa.scalar(None, pa.float64())
+    is_whole = pc.and_(pc.less(pc.abs(numbers), 2.0**63), pc.equal(pc.trunc(numbers), numbers))
+    whole = pc.if_else(is_whole, numbers, absent).cast(pa.int64(), safe=False)  # exact: safe refuses beyond 2**53
+    text = pc.coalesce(whole.cast(pa.string()), array.cast(pa.string()))
+    return pc.if_else(pc.is_nan(numbers), pa.scalar(None, pa.string()), text)
 
 
 def _filled(array: pa.Array) -> NDArray[np.int16]:

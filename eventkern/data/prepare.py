@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -38,28 +39,33 @@ def prepare(
     progress: bool = True,
     floor: Floor | None = None,
     overwrite: bool = False,
+    name: str | None = None,
 ) -> PrepareReport:
     """Convert a table of events into a store.
 
     Rows are ordered by (timestamp, source row). Vocabularies and bin edges see the rows before the split only; the
-    years of a `year` category are those of the whole table.
+    years of a `year` category are those of the whole table. A value is missing where it is null or an empty text; for
+    numbers, flags and times also where the text is NA, NaN or null, which an `id` may really be called.
 
     Args:
         source: a CSV file, a Parquet file, or a folder of either.
         schema: what the columns mean.
         out: folder of the store to write; absent, empty, or with `overwrite` a store.
-        on_error: "raise" stops at the first row that cannot be read; "skip" leaves it out, counts and lists it.
+        on_error: what to do with rows that cannot be read: "raise" stops at the first that it meets, which need not be
+            the first of the file; "skip" leaves them out, counts them and lists the first.
         progress: draw a progress bar on a terminal.
         floor: known entropy of each category in nats by id_category_size, in the order of the categories; or a function
             that computes it from the finished store, before that appears at `out`.
         overwrite: replace a store that is already there.
+        name: what store.json calls the source; its path unless given.
 
     Returns:
         What was done.
 
     Raises:
         DataError: a file, column, row or split that does not fit, in one line with its place and mend. Nothing is left
-            then, nor after an interruption; a process that is killed leaves a hidden `.NAME.preparing-*` beside `out`.
+            then, nor after an interruption; a process that is killed leaves a hidden `.NAME.preparing-*` beside `out`,
+            which the next prepare of the same `out` on that machine removes.
     """
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error is {on_error!r}; give 'raise' or 'skip'")
@@ -76,7 +82,12 @@ def prepare(
         _sync(folder / "store.bin")
         skipped = ingested.skipped.count
         info["counts"] = {"rows_read": ingested.num_events + skipped, "rows_skipped": skipped, **info["counts"]}
-        info = {"format": FORMAT, "eventkern_version": metadata.version("eventkern"), "source": str(source), **info}
+        info = {
+            "format": FORMAT,
+            "eventkern_version": metadata.version("eventkern"),
+            "source": name or str(source),
+            **info,
+        }
         _write_info(folder, info)
         if floor is not None:
             floors = floor(EventStore.open(folder)) if callable(floor) else floor
@@ -88,31 +99,76 @@ def prepare(
 @contextmanager
 def _published(out: Path, overwrite: bool) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its place when the block ends well, and vanishes when it does not."""
+    _sweep(out)
     is_empty = out.is_dir() and not any(out.iterdir())
     if (out.exists() or out.is_symlink()) and not is_empty:
         if not (out / "store.json").is_file():
             raise DataError(f"{out}: exists and is no event store; choose another folder, or move it away")
         if not overwrite:
             raise DataError(f"{out}: a store is already there; choose another folder, or overwrite it (--overwrite)")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.preparing-", dir=out.parent))
-    replaced = folder / "replaced"
-    try:
-        made = folder / "store"
-        made.mkdir()
-        yield made
-        _sync(made)
-        if out.exists():
-            out.rename(replaced)
+    with made_parents(out):
+        folder = Path(tempfile.mkdtemp(prefix=f"{_own_prefix(out)}{os.getpid()}-", dir=out.parent))
+        replaced = folder / "replaced"
         try:
-            made.rename(out)
-        except BaseException:
-            if replaced.exists():
-                replaced.rename(out)
-            raise
-        _sync(out.parent)
-    finally:
+            made = folder / "store"
+            made.mkdir()
+            yield made
+            _sync(made)
+            if out.exists():
+                out.rename(replaced)
+            try:
+                made.rename(out)
+            except BaseException:
+                if replaced.exists():
+                    replaced.rename(out)
+                raise
+            _sync(out.parent)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def made_parents(out: Path) -> Iterator[None]:
+    """The folders above `out`, made where they lack; those made here vanish when the block fails, unless in use."""
+    lacking = [folder for folder in out.parents if not folder.exists()]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in lacking:
+            with suppress(OSError):  # another process has put something there
+                folder.rmdir()
+        raise
+
+
+def _own_prefix(out: Path) -> str:
+    """How the temporary folders of this machine are called; a number of process follows, which only it can look up."""
+    return f".{out.name}.preparing-{platform.node()}-"
+
+
+def _sweep(out: Path) -> None:
+    """Remove what killed processes of this machine left beside `out`; a store that was about to be replaced returns."""
+    prefix = _own_prefix(out)
+    siblings = out.parent.iterdir() if out.parent.is_dir() else ()
+    for folder in [sibling for sibling in siblings if sibling.name.startswith(prefix)]:
+        process = folder.name.removeprefix(prefix).partition("-")[0]
+        if not process.isdecimal() or _is_running(int(process)):
+            continue
+        if (folder / "replaced").exists() and not out.exists():
+            (folder / "replaced").rename(out)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    if os.name != "posix":  # elsewhere os.kill ends the process that it is to ask for
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def _sync(path: Path) -> None:

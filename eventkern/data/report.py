@@ -30,21 +30,28 @@ class PrepareReport:
     seconds: float
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich import box
         from rich.table import Table
         from rich.text import Text
 
         counts, info = self.info["counts"], self.info
-        uncut = info["categories"][0]["oov"].keys()
-        table = Table(title=f"{info['schema']['name']}: classes by category", title_justify="left")
-        for heading in ("category", "kind"):
-            table.add_column(heading)
-        for heading in ("classes", "missing", *(f"OOV at {size}" for size in uncut)):
-            table.add_column(heading, justify="right")
+        rates = [category["oov"] for category in info["categories"]]
+        sizes = [size for size in rates[0] if size == "full" or any(rate[size] != rate["full"] for rate in rates)]
+        # 80 columns hold it: the usual width, and what rich takes where there is no terminal. A longer name folds.
+        table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False, padding=0)
+        table.title, table.title_justify = f"{info['schema']['name']}: classes by category", "left"
+        table.add_column("category", overflow="fold")
+        table.add_column("kind", no_wrap=True)
+        for heading in ("classes", "missing", *(f"OOV\nat {size}" for size in sizes)):
+            table.add_column(heading, justify="right", no_wrap=True)
         for category in info["categories"]:
-            rates = (f"{rate:.2%}" for rate in (category["missing"], *category["oov"].values()))
-            table.add_row(category["name"], category["kind"], f"{category['size']:,}", *rates)
+            shares = (f"{share:.1%}" for share in (category["missing"], *(category["oov"][size] for size in sizes)))
+            table.add_row(category["name"], category["kind"], f"{category['size']:,}", *shares)
         yield table
-        yield Text("missing: of all events; OOV: of the validation values, those without a class of their own")
+        yield Text(
+            "missing: of all events; OOV: of the validation values, those without a class "
+            "of their own at this id_category_size (full: where it cuts none)"
+        )
         yield Text(
             f"{counts['rows_read']:,} rows read, {counts['rows_skipped']:,} skipped; "
             f"{counts['training']:,} events before {info['split']['time']} train, {counts['validation']:,} validate; "

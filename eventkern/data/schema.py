@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from eventkern import _C
+
 Kind = Literal["id", "flag", "bins", "time", "elapsed"]
 
 FIRST_CLASS = 2
@@ -73,13 +75,13 @@ class Category:
             raise DataError(f"{place}: kind is {self.kind!r}; write one of {', '.join(get_args(Kind))}")
         if (self.field is not None) != (self.kind == "time"):
             raise DataError(f"{place}: field is {self.field!r}; kind 'time' takes a field, and no other kind does")
-        if self.field is not None and self.field not in FIELD_SIZES:
+        if self.field is not None and not (isinstance(self.field, str) and self.field in FIELD_SIZES):
             raise DataError(f"{place}: field is {self.field!r}; write one of {', '.join(FIELD_SIZES)}")
         if (self.unit is not None, self.limit is not None) != (self.kind == "elapsed",) * 2:
             raise DataError(
                 f"{place}: unit is {self.unit!r}, limit is {self.limit!r}; kind 'elapsed' takes both, others none"
             )
-        if self.unit is not None and self.unit not in UNIT_SECONDS:
+        if self.unit is not None and not (isinstance(self.unit, str) and self.unit in UNIT_SECONDS):
             raise DataError(f"{place}: unit is {self.unit!r}; write one of {', '.join(UNIT_SECONDS)}")
         if self.limit is not None and not _is_count(self.limit, 1):
             raise DataError(f"{place}: limit is {self.limit!r}; write an integer of at least 1")
@@ -123,7 +125,7 @@ class Schema:
         timestamp: source column that says when a whole row is known; rows are ordered by it.
         timezone: IANA zone of calendar fields, of `split`, and of source timestamps that carry no zone.
         categories: the C categories, in the order of the store's columns.
-        streams: the K histories that the model reads.
+        streams: the K histories that the model reads, at most `eventkern._C.max_streams`.
         key: name of the `id` category whose entities have their sequences predicted.
         split: ISO date or date and time; rows before it are the training period, the others validation.
         uniform_sizes: every category has exactly `id_category_size` classes, and a code at or above that reads 1.
@@ -152,6 +154,8 @@ class Schema:
             raise DataError("key 'categories': is empty; name at least one category")
         if not self.streams:
             raise DataError("key 'streams': is empty; name at least one stream")
+        if len(self.streams) > _C.max_streams:
+            raise DataError(f"key 'streams': names {len(self.streams)} streams; name at most {_C.max_streams}")
         for plural, names in (("categories", self.category_names), ("streams", tuple(s.name for s in self.streams))):
             twice = [name for i, name in enumerate(names) if name in names[:i]]
             if twice:

@@ -58,7 +58,7 @@ def prepare_source(source: str, schema: Schema | str | None, out: Path, **option
     Raises:
         DataError: as `prepare`; or a source without a schema.
     """
-    from eventkern.data.prepare import prepare
+    from eventkern.data.prepare import made_parents, prepare
 
     if schema is None and source not in TABLES:
         raise DataError(f"{source}: has no schema of its own; give one: --schema FILE, or the name of one that ships")
@@ -66,8 +66,8 @@ def prepare_source(source: str, schema: Schema | str | None, out: Path, **option
         schema = Schema.load(TABLES[source] if schema is None else schema)
     if source not in TABLES:
         return prepare(source, schema, out, **options)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{source}-") as folder:
+    options = {"name": source, **options}
+    with made_parents(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{source}-") as folder:
         table = Path(folder) / f"{source}.parquet"
         if source == "flights":
             from eventkern.data import flights

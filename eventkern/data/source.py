@@ -18,9 +18,6 @@ BATCH_ROWS = 1 << 14
 BATCH_BYTES = 1 << 18
 """Of CSV text; arrow reads up to 32 such blocks ahead."""
 
-NULL_TEXTS = ("", "NA", "NaN", "null")
-"""What a CSV field holds where a value is missing."""
-
 MOST_LISTED = 10
 
 Advance = Callable[[float, float], None]
@@ -126,6 +123,8 @@ class SourceFile:
             self.malformed += 1
             return "skip" if skip_malformed else "error"
 
+        if next(self._records(), None) is None:  # arrow refuses a header without a line end
+            return
         with (
             pa.OSFile(str(self.path)) as file,
             pa.csv.open_csv(
@@ -135,7 +134,7 @@ class SourceFile:
                 pa.csv.ConvertOptions(
                     include_columns=list(self.columns),
                     column_types=dict.fromkeys(self.columns, pa.string()),
-                    null_values=list(NULL_TEXTS),
+                    null_values=[""],  # which other texts mean a missing value depends on the category's kind
                     strings_can_be_null=True,
                 ),
             ) as reader,

@@ -36,6 +36,7 @@ CHECKED_AT_OPEN_BYTES = 1 << 28
 
 Split = Literal["train", "validation"]
 PADDING, MISSING = "(padding)", "(missing)"
+AGAIN = "prepare the store again"
 
 
 @dataclass(frozen=True)
@@ -114,24 +115,14 @@ class EventStore:
                 category's size; one line that names the file and the mend.
         """
         folder = Path(path)
-        again = "prepare the store again"
         try:
             store = cls(folder, _read_info(folder))
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{folder / 'store.json'}: damaged ({error}); {again}") from error
-        binary = folder / "store.bin"
-        if not binary.is_file():
-            raise DataError(f"{binary}: no such file; {again}")
-        held, wanted = binary.stat().st_size, store.info["file_bytes"]
-        if held != wanted or any(s.offset + s.num_bytes > wanted for s in store.sections.values()):
-            raise DataError(
-                f"{binary}: holds {held} bytes where store.json says {wanted}: truncated or damaged; {again}"
-            )
-        store._check_codes(store.num_events if verify else CHECKED_AT_OPEN_BYTES // store.codes[:1].nbytes)
-        if store.info["checksum"]["sizes"] != sizes_checksum(store.info):
-            raise DataError(f"{folder / 'store.json'}: its sizes were changed after it was written; {again}")
-        if verify and store.info["checksum"]["store.bin"] != file_checksum(binary):
-            raise DataError(f"{binary}: its checksum differs from the one in store.json: damaged; {again}")
+            store._check(verify)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            if isinstance(error, DataError) and str(error).startswith(str(folder)):  # a schema's error names no file
+                raise
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise DataError(f"{folder / 'store.json'}: damaged ({reason}); {AGAIN}") from error
         return store
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -146,13 +137,21 @@ class EventStore:
         return self._map("timestamps")
 
     def index(self, entity: str) -> EntityIndex:
-        """The rows of each entity of a category that is the key or owns a stream."""
+        """The rows of each entity of a category that is the key or owns a stream.
+
+        Raises:
+            DataError: the index is damaged. It is read whole when it is first asked for, since the gathers trust it.
+        """
         if entity not in self.schema.entities:
             known = ", ".join(self.schema.entities)
             raise ValueError(f"entity is {entity!r}, which owns no sequence in {self.path}; use one of: {known}")
         if entity not in self._indexes:
             parts = (self._map(f"{part}:{entity}") for part in ("entity_of_row", "offsets", "rows"))
-            self._indexes[entity] = EntityIndex(*parts)
+            index = EntityIndex(*parts)
+            if fault := index_fault(index, self.num_events):
+                part, what = fault
+                raise DataError(f"{self.path / 'store.bin'}: section '{part}:{entity}' {what}: damaged; {AGAIN}")
+            self._indexes[entity] = index
         return self._indexes[entity]
 
     def sizes(self, id_category_size: int) -> tuple[int, ...]:
@@ -260,6 +259,23 @@ class EventStore:
             self._arrays[name] = self.sections[name].map(self.path / "store.bin")
         return self._arrays[name]
 
+    def _check(self, verify: bool) -> None:
+        binary = self.path / "store.bin"
+        if not binary.is_file():
+            raise DataError(f"{binary}: no such file; {AGAIN}")
+        held, wanted = binary.stat().st_size, self.info["file_bytes"]
+        if held != wanted or any(s.offset + s.num_bytes > wanted for s in self.sections.values()):
+            raise DataError(
+                f"{binary}: holds {held} bytes where store.json says {wanted}: truncated or damaged; {AGAIN}"
+            )
+        is_changed = self.info["checksum"]["sizes"] != sizes_checksum(self.info)
+        # A size that is too small for the codes is named with its category, hence before any other change.
+        self._check_codes(self.num_events if verify else CHECKED_AT_OPEN_BYTES // self.codes[:1].nbytes)
+        if is_changed:
+            raise DataError(f"{self.path / 'store.json'}: its sizes were changed after it was written; {AGAIN}")
+        if verify and self.info["checksum"]["store.bin"] != file_checksum(binary):
+            raise DataError(f"{binary}: its checksum differs from the one in store.json: damaged; {AGAIN}")
+
     def _check_codes(self, most_rows: int) -> None:
         for start in range(0, min(self.num_events, most_rows), BLOCK_ROWS):
             block = self.codes[start : start + BLOCK_ROWS]
@@ -270,9 +286,51 @@ class EventStore:
                 row = start + int(bad.argmax())
                 raise DataError(
                     f"{self.path / 'store.bin'}: row {row} holds code {self.codes[row, column]} in category "
-                    f"{self.schema.category_names[column]!r}, which has {self.class_sizes[column]} classes; "
-                    "prepare the store again"
+                    f"{self.schema.category_names[column]!r}, which has {self.class_sizes[column]} classes; {AGAIN}"
                 )
+
+
+def index_fault(index: EntityIndex, num_events: int) -> tuple[str, str] | None:
+    """The section at fault and what is wrong with it; None: each row with an entity is listed once, in its place."""
+    numbers, offsets, rows = index.entity_of_row, index.offsets, index.rows
+    if len(numbers) != num_events:
+        return "entity_of_row", f"has {len(numbers)} rows where the store has {num_events}"
+    if len(offsets) == 0 or offsets[0] != 0:
+        return "offsets", "does not begin with 0"
+    for start in range(0, len(offsets), BLOCK_ROWS):
+        block = offsets[start : start + BLOCK_ROWS + 1]  # one more: the step into the next block counts too
+        is_back = block[1:] < block[:-1]
+        if is_back.any():
+            return "offsets", f"decreases after entity {start + int(is_back.argmax())}"
+    if offsets[-1] != len(rows):
+        return "offsets", f"ends with {offsets[-1]} where {len(rows)} rows are listed"
+    num_listed, num_entities = 0, len(offsets) - 1
+    for start in range(0, num_events, BLOCK_ROWS):
+        owners = numbers[start : start + BLOCK_ROWS]
+        if owners.min() < -1 or owners.max() >= num_entities:
+            bad = start + int(((owners < -1) | (owners >= num_entities)).argmax())
+            return "entity_of_row", f"holds {numbers[bad]} at row {bad}, and there are {num_entities} entities"
+        num_listed += int(np.count_nonzero(owners >= 0))
+    if num_listed != len(rows):
+        return "rows", f"lists {len(rows)} rows where {num_listed} have an entity"
+    before, before_owner = -1, -1
+    for start in range(0, len(rows), BLOCK_ROWS):
+        block = rows[start : start + BLOCK_ROWS]
+        if block.min() < 0 or block.max() >= num_events:
+            bad = start + int(((block < 0) | (block >= num_events)).argmax())
+            return "rows", f"holds {rows[bad]} at position {bad}, and there are {num_events} events"
+        positions, owners = np.arange(start, start + len(block)), numbers[block]
+        is_foreign = (owners < 0) | (positions < offsets[owners]) | (positions >= offsets[owners + 1])
+        if is_foreign.any():
+            bad = start + int(is_foreign.argmax())
+            return "rows", f"holds {rows[bad]} at position {bad}, a row of another entity"
+        is_same = owners == np.concatenate(([before_owner], owners[:-1]))
+        is_back = is_same & (block <= np.concatenate(([before], block[:-1])))
+        if is_back.any():
+            bad = start + int(is_back.argmax())
+            return "rows", f"holds {rows[bad]} at position {bad}, out of time order"
+        before, before_owner = int(block[-1]), int(owners[-1])
+    return None
 
 
 def floor_key(info: dict[str, Any], id_category_size: int) -> int:

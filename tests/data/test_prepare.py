@@ -1,7 +1,10 @@
+import os
+import platform
 import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,59 +19,20 @@ from hypothesis import strategies as st
 
 from eventkern.data import encode
 from eventkern.data.prepare import prepare
-from eventkern.data.schema import Category, DataError, Schema, Stream
+from eventkern.data.schema import Category, DataError, Schema
 from eventkern.data.store import EventStore
 from eventkern.data.vocabulary import fit_bins, fit_id
 
-SCHEMA = Schema(
-    name="visits",
-    timestamp="at",
-    timezone="America/New_York",
-    categories=(
-        Category("who", "id"),
-        Category("paid", "flag"),
-        Category("price", "bins", bins=4),
-        Category("hour", "time", "at", field="hour"),
-        Category("born", "time", "birth", field="year"),
-        Category("pause", "elapsed", unit="minutes", limit=3),
-    ),
-    streams=(Stream("mine", "who"), Stream("all")),
-    key="who",
-    split="2024-01-01T12:00:00",
-)
-HEADER = "at,who,paid,price,birth\n"
 GOOD = "2024-01-01T09:00,a,0,1,2000-01-01"
 LATE = "2024-01-01T13:00,a,0,1,2000-01-01"
-
-
-def rows_of(*lines: str) -> str:
-    return HEADER + "".join(f"{line}\n" for line in lines)
-
-
-def write_csv(tmp_path: Path, *lines: str) -> Path:
-    file = tmp_path / "visits.csv"
-    file.write_text(rows_of(*lines))
-    return file
-
-
-def run(tmp_path: Path, *lines: str, schema: Schema = SCHEMA, **options: Any) -> EventStore:
-    prepare(write_csv(tmp_path, *lines), schema, tmp_path / "store", **options)
-    return EventStore.open(tmp_path / "store", verify=True)
-
-
-def decoded(store: EventStore, category: str) -> list[str]:
-    number = store.schema.category_names.index(category)
-    return [store.decode(category, int(code)) for code in store.codes[:, number]]
-
-
-def left_in(folder: Path) -> list[str]:
-    return sorted(file.name for file in folder.iterdir())
 
 
 # What the classes mean
 
 
-def test_rows_are_ordered_by_timestamp_then_source_row(tmp_path: Path) -> None:
+def test_rows_are_ordered_by_timestamp_then_source_row(
+    tmp_path: Path, decoded: Callable[[EventStore, str], list[str]], run: Callable[..., EventStore]
+) -> None:
     store = run(
         tmp_path,
         *(
@@ -89,7 +53,7 @@ def test_rows_are_ordered_by_timestamp_then_source_row(tmp_path: Path) -> None:
     assert store.split_row == 5
 
 
-def test_ids_are_ranked_by_training_frequency_and_ties_by_value(tmp_path: Path) -> None:
+def test_ids_are_ranked_by_training_frequency_and_ties_by_value(tmp_path: Path, run: Callable[..., EventStore]) -> None:
     names = ["9", "10", "10", "9", "7", "8", "8", "8"]
     late = ["11", "10", "11", "11", "11", ""]
     lines = [f"2024-01-01T09:00,{n},0,1,2000-01-01" for n in names] + [
@@ -105,6 +69,21 @@ def test_ids_are_ranked_by_training_frequency_and_ties_by_value(tmp_path: Path) 
     assert store.info["counts"]["keyless_rows"] == 1
 
 
+def test_an_identifier_may_be_called_na(
+    tmp_path: Path, decoded: Callable[[EventStore, str], list[str]], run: Callable[..., EventStore]
+) -> None:
+    lines = [f"2024-01-01T09:0{n},{name},NA,NA,NA" for n, name in enumerate(["NA", "null", "NaN", "", "NA"])]
+    store = run(tmp_path, *lines, LATE)
+    assert decoded(store, "who") == ["NA", "null", "NaN", "(missing)", "NA", "(missing)"]
+    for column in ("paid", "price", "born"):
+        assert decoded(store, column)[:5] == ["(missing)"] * 5
+
+
+def test_store_json_names_the_source(tmp_path: Path, run: Callable[..., EventStore]) -> None:
+    assert run(tmp_path, GOOD, LATE).info["source"] == str(tmp_path / "visits.csv")
+    assert run(tmp_path, GOOD, LATE, name="visits", overwrite=True).info["source"] == "visits"
+
+
 def test_text_ids_tie_by_text() -> None:
     category = Category("who", "id")
     assert fit_id(category, ["9", "10", "x"], np.array([1, 1, 1])).values == ("10", "9", "x")
@@ -112,7 +91,7 @@ def test_text_ids_tie_by_text() -> None:
     assert fit_id(category, ["9", "007"], np.array([1, 1])).values == ("007", "9")
 
 
-def test_nothing_after_the_split_is_fitted(tmp_path: Path) -> None:
+def test_nothing_after_the_split_is_fitted(tmp_path: Path, run: Callable[..., EventStore]) -> None:
     training = [f"2024-01-01T0{n}:00,{'ab'[n % 2]},{n % 2},{n},2000-01-01" for n in range(8)]
     one = run(tmp_path, *training, "2024-01-01T12:00,a,0,1,2000-01-01")
     classes = [{key: c[key] for key in ("size", "values")} for c in one.info["categories"]]
@@ -122,7 +101,9 @@ def test_nothing_after_the_split_is_fitted(tmp_path: Path) -> None:
     assert np.array_equal(other.codes[:8], codes)
 
 
-def test_bins_are_quantiles_of_the_training_period(tmp_path: Path) -> None:
+def test_bins_are_quantiles_of_the_training_period(
+    tmp_path: Path, decoded: Callable[[EventStore, str], list[str]], run: Callable[..., EventStore]
+) -> None:
     prices = ["3", "1", "2", "4", "8", "7", "6", "5", "", "NA", "NaN", "null"]
     lines = [f"2024-01-01T09:00,a,0,{price},2000-01-01" for price in prices]
     store = run(tmp_path, *lines, *(f"2024-01-01T12:00,a,0,{price},2000-01-01" for price in (-1e9, 4.99, 1e9)))
@@ -149,14 +130,14 @@ def test_bins_that_coincide_are_one(numbers: list[float], edges: list[float], cl
     assert fitted.encode(np.array([np.nan, 1e300])).tolist() == [1, len(edges) + 2]
 
 
-def test_flags(tmp_path: Path) -> None:
+def test_flags(tmp_path: Path, run: Callable[..., EventStore]) -> None:
     texts = ["0", "1", "true", "False", "TRUE", "no", "yes", "1.0", "", "NA"]
     lines = [f"2024-01-01T09:00,a,{text},1,2000-01-01" for text in texts]
     store = run(tmp_path, *lines, "2024-01-01T12:00,a,0,1,2000-01-01")
     assert store.codes[:10, 1].tolist() == [2, 3, 3, 2, 3, 2, 3, 3, 1, 1]
 
 
-def test_years_span_the_whole_table(tmp_path: Path) -> None:
+def test_years_span_the_whole_table(tmp_path: Path, run: Callable[..., EventStore]) -> None:
     store = run(
         tmp_path, "2024-01-01T09:00,a,0,1,1999-12-31", "2024-01-01T12:00,a,0,1,2003-01-01", "2024-01-01T12:01,a,0,1,"
     )
@@ -164,7 +145,9 @@ def test_years_span_the_whole_table(tmp_path: Path) -> None:
     assert store.codes[:, 4].tolist() == [2, 6, 1]
 
 
-def test_elapsed_counts_from_the_key_s_previous_event(tmp_path: Path) -> None:
+def test_elapsed_counts_from_the_key_s_previous_event(
+    tmp_path: Path, decoded: Callable[[EventStore, str], list[str]], run: Callable[..., EventStore]
+) -> None:
     store = run(
         tmp_path,
         *("2024-01-01T11:50,a,0,1,2000-01-01", "2024-01-01T11:50:59,a,0,1,2000-01-01"),
@@ -189,7 +172,14 @@ def test_elapsed_counts_from_the_key_s_previous_event(tmp_path: Path) -> None:
         ("2023-03-12T02:30", "2023-03-12T07:00", "2"),  # the hour that it leaps over: the end of the leap
     ],
 )
-def test_timestamps_with_and_without_zone(tmp_path: Path, text: str, utc: str, hour: str) -> None:
+def test_timestamps_with_and_without_zone(
+    tmp_path: Path,
+    text: str,
+    utc: str,
+    hour: str,
+    decoded: Callable[[EventStore, str], list[str]],
+    run: Callable[..., EventStore],
+) -> None:
     store = run(tmp_path, f"{text},a,0,1,", "2024-01-01T12:00,a,0,1,", "2024-01-01T17:01Z,a,0,1,")
     assert store.timestamps[0] == np.datetime64(utc, "ns").astype(np.int64)
     assert decoded(store, "hour")[0] == hour
@@ -201,7 +191,11 @@ def test_timestamps_with_and_without_zone(tmp_path: Path, text: str, utc: str, h
     numbers=st.data(),
 )
 def test_codes_decode_back_to_the_values(
-    tmp_path_factory: pytest.TempPathFactory, names: list[str | None], numbers: st.DataObject
+    tmp_path_factory: pytest.TempPathFactory,
+    names: list[str | None],
+    numbers: st.DataObject,
+    schema: Schema,
+    decoded: Callable[[EventStore, str], list[str]],
 ) -> None:
     folder = tmp_path_factory.mktemp("decode")
     finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -213,7 +207,7 @@ def test_codes_decode_back_to_the_values(
     columns = {"at": pa.array(at), "who": pa.array(names, pa.string()), "paid": pa.array(paid, pa.bool_())}
     columns |= {"price": pa.array(price, pa.float64()), "birth": pa.array(at)}
     pq.write_table(pa.table(columns), folder / "t.parquet")
-    prepare(folder / "t.parquet", replace(SCHEMA, timezone="UTC"), folder / "store")
+    prepare(folder / "t.parquet", replace(schema, timezone="UTC"), folder / "store")
     store = EventStore.open(folder / "store")
 
     known = set(names[:-1])
@@ -233,7 +227,13 @@ def test_codes_decode_back_to_the_values(
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("step", ["_fit", "_sort", "_write_rows", "_write_index", "file_checksum"])
 def test_an_interrupted_prepare_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: type[BaseException]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+    error: type[BaseException],
+    schema: Schema,
+    write_csv: Callable[..., Path],
+    left_in: Callable[[Path], list[str]],
 ) -> None:
     file = write_csv(tmp_path, GOOD, LATE)
 
@@ -243,19 +243,24 @@ def test_an_interrupted_prepare_leaves_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(encode, step, interrupt)
         with pytest.raises(error):
-            prepare(file, SCHEMA, tmp_path / "deep" / "store")
-        assert left_in(tmp_path / "deep") == []
-    prepare(file, SCHEMA, tmp_path / "deep" / "store")
+            prepare(file, schema, tmp_path / "new" / "deep" / "store")
+        assert left_in(tmp_path) == ["visits.csv"]
+    prepare(file, schema, tmp_path / "deep" / "store")
     before = (tmp_path / "deep" / "store" / "store.json").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(encode, step, interrupt)
         with pytest.raises(error):
-            prepare(file, SCHEMA, tmp_path / "deep" / "store", overwrite=True)
+            prepare(file, schema, tmp_path / "deep" / "store", overwrite=True)
     assert left_in(tmp_path / "deep") == ["store"]
     assert (tmp_path / "deep" / "store" / "store.json").read_bytes() == before
 
 
-def test_a_failed_swap_puts_the_old_store_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_swap_puts_the_old_store_back(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    left_in: Callable[[Path], list[str]],
+    run: Callable[..., EventStore],
+) -> None:
     run(tmp_path, GOOD, LATE)
     before = (tmp_path / "store" / "store.json").read_bytes()
     rename = Path.rename
@@ -273,9 +278,11 @@ def test_a_failed_swap_puts_the_old_store_back(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
-def test_a_killed_prepare_leaves_no_store(tmp_path: Path) -> None:
+def test_a_killed_prepare_leaves_no_store(
+    tmp_path: Path, schema: Schema, write_csv: Callable[..., Path], left_in: Callable[[Path], list[str]]
+) -> None:
     file = write_csv(tmp_path, GOOD, LATE)
-    (tmp_path / "schema.json").write_text(repr(SCHEMA.to_dict()))
+    (tmp_path / "schema.json").write_text(repr(schema.to_dict()))
     script = f"""
         import ast, os, signal
         from pathlib import Path
@@ -291,22 +298,59 @@ def test_a_killed_prepare_leaves_no_store(tmp_path: Path) -> None:
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     with pytest.raises(DataError, match="holds no event store"):
         EventStore.open(tmp_path / "store")
-    prepare(file, SCHEMA, tmp_path / "store")
+    prepare(file, schema, tmp_path / "store")
     EventStore.open(tmp_path / "store", verify=True)
+    assert left_in(tmp_path) == ["schema.json", "store", "visits.csv"]
 
 
-def test_only_a_store_is_replaced_and_only_when_asked(tmp_path: Path) -> None:
+def of_a_dead_process(out: Path) -> Path:
+    """A temporary folder as a killed prepare leaves it."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    folder = out.parent / f".{out.name}.preparing-{platform.node()}-{dead.pid}-x7"
+    folder.mkdir()
+    return folder
+
+
+def test_only_what_killed_processes_left_is_swept(
+    tmp_path: Path, left_in: Callable[[Path], list[str]], run: Callable[..., EventStore]
+) -> None:
+    out = tmp_path / "store"
+    (of_a_dead_process(out) / "spill").touch()
+    kept = [f".store.preparing-{platform.node()}-{os.getpid()}-x", f".store.preparing-not-{platform.node()}-1-x"]
+    kept += [f".store.preparing-{platform.node()}-x", of_a_dead_process(tmp_path / "other").name]
+    for name in kept:
+        (tmp_path / name).mkdir(exist_ok=True)
+    run(tmp_path, GOOD, LATE)
+    assert left_in(tmp_path) == sorted([*kept, "store", "visits.csv"])
+
+
+def test_a_store_that_a_killed_prepare_had_moved_away_returns(
+    tmp_path: Path, left_in: Callable[[Path], list[str]], run: Callable[..., EventStore]
+) -> None:
+    out = tmp_path / "store"
+    run(tmp_path, GOOD, LATE)
+    out.rename(of_a_dead_process(out) / "replaced")
+    with pytest.raises(DataError, match="a store is already there"):
+        run(tmp_path, GOOD, GOOD, LATE)
+    assert EventStore.open(out).num_events == 2
+    assert left_in(tmp_path) == ["store", "visits.csv"]
+
+
+def test_only_a_store_is_replaced_and_only_when_asked(
+    tmp_path: Path, schema: Schema, write_csv: Callable[..., Path], left_in: Callable[[Path], list[str]]
+) -> None:
     file = write_csv(tmp_path, GOOD, LATE)
     out = tmp_path / "store"
     out.mkdir()
-    prepare(file, SCHEMA, out)  # an empty folder is free
+    prepare(file, schema, out)  # an empty folder is free
     with pytest.raises(DataError, match=r"store: a store is already there; choose another folder, or overwrite it"):
-        prepare(file, SCHEMA, out)
-    prepare(write_csv(tmp_path, GOOD, GOOD, LATE), SCHEMA, out, overwrite=True)
+        prepare(file, schema, out)
+    prepare(write_csv(tmp_path, GOOD, GOOD, LATE), schema, out, overwrite=True)
     assert EventStore.open(out).num_events == 3
     (out / "store.json").rename(out / "diary.txt")
     with pytest.raises(DataError, match="store: exists and is no event store; choose another folder"):
-        prepare(file, SCHEMA, out, overwrite=True)
+        prepare(file, schema, out, overwrite=True)
     assert left_in(out) == ["diary.txt", "store.bin"]
 
 

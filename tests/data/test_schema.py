@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from eventkern import _C
 from eventkern.data.schema import Category, DataError, Schema, Stream
 
 WORKFORCE = [
@@ -121,6 +122,8 @@ def test_split_may_be_a_date_of_toml(toml: Path, split: str) -> None:
         ("bins = 7", "bins = 1", "category 'price': bins is 1; write an integer of at least 2"),
         ("bins = 7", "bin = 7", "category 'price': unknown key 'bin'"),
         ('field = "hour"', 'field = "second"', "category 'hour': field is 'second'; write one of year, month"),
+        ('field = "hour"', 'field = ["hour"]', "category 'hour': field is ['hour']; write one of year, month"),
+        ('"hours"', '["hours"]', "category 'pause': unit is ['hours']; write one of days, hours, minutes"),
         (', field = "hour"', "", "category 'hour': field is None; kind 'time' takes a field"),
         ("bins = 7", 'field = "hour"', "category 'price': field is 'hour'; kind 'time' takes a field, and no other"),
         ('"hours"', '"weeks"', "category 'pause': unit is 'weeks'; write one of days, hours, minutes"),
@@ -144,6 +147,14 @@ def test_a_mistake_is_named_in_one_line(toml: Path, old: str, new: str, message:
 def test_empty_lists_are_refused(key: str) -> None:
     with pytest.raises(DataError, match=f"key '{key}': is empty"):
         replace(Schema.load("flights"), **{key: ()})
+
+
+def test_more_streams_than_a_batch_holds_are_refused() -> None:
+    schema = Schema.load("flights")
+    streams = tuple(Stream(f"s{number}", "Carrier") for number in range(_C.max_streams + 1))
+    assert len(replace(schema, streams=streams[1:]).streams) == _C.max_streams == 8
+    with pytest.raises(DataError, match="key 'streams': names 9 streams; name at most 8"):
+        replace(schema, streams=streams)
 
 
 def test_an_unknown_name_lists_the_shipped_ones() -> None:

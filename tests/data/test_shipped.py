@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from eventkern.data import DataError, flights, shipped
+from eventkern.data import DataError, Schema, flights, shipped
 
 
 @pytest.fixture
@@ -27,6 +28,7 @@ def test_flights_are_prepared_on_first_use_alone(
     assert folder.name.startswith("flights-format1-")
     assert store.num_events == 3368
     assert store.schema.name == "flights"
+    assert store.info["source"] == "flights"
     assert capsys.readouterr().out == f"preparing flights in {folder}, once\n"
     assert shipped.open_store("flights").num_events == 3368
     assert shipped.open_store(folder).num_events == 3368
@@ -41,6 +43,14 @@ def test_another_schema_is_another_store(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "flights.toml").write_text(schema.replace("2013-11-01", "2013-10-01"))
     monkeypatch.setitem(shipped.TABLES, "flights", str(tmp_path / "flights.toml"))
     assert shipped.open_store("flights").path != first
+
+
+@pytest.mark.usefixtures("few_flights")
+def test_a_failure_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    schema = replace(Schema.load("flights"), split="2030-01-01")
+    with pytest.raises(DataError, match="every event lies before the split"):
+        shipped.prepare_source("flights", schema, tmp_path / "new" / "deep" / "store")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:

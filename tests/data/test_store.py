@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from eventkern.data import store as store_module
 from eventkern.data.prepare import prepare
 from eventkern.data.schema import Category, DataError, Schema, Stream
 from eventkern.data.store import EventStore, Split, code_dtype, lay_out
@@ -216,6 +217,11 @@ def edit(store: EventStore, **changes: Any) -> None:
     file.write_text(json.dumps({key: value for key, value in {**store.info, **changes}.items() if value is not None}))
 
 
+def edit_codes(store: EventStore, **changes: Any) -> None:
+    codes, *others = store.info["sections"]
+    edit(store, sections=[{**codes, **changes}, *others])
+
+
 def set_code(store: EventStore, row: int, column: int, code: int) -> None:
     section = store.sections["codes"]
     section.map(store.path / "store.bin", "r+")[row, column] = code
@@ -231,6 +237,18 @@ def set_code(store: EventStore, row: int, column: int, code: int) -> None:
         (lambda s: edit(s, format_version=2), "store.json: key 'format_version' is 2; this eventkern reads 1; prepare"),
         (lambda s: edit(s, sections=None), "store.json: key 'sections' is missing: damaged; prepare"),
         (lambda s: edit(s, sections=[{}]), "store.json: damaged .*; prepare"),
+        (lambda s: edit(s, checksum={}), r"store.json: damaged \(KeyError: 'sizes'\); prepare"),
+        (lambda s: edit(s, checksum=[]), "store.json: damaged .*; prepare"),
+        (lambda s: edit(s, num_events="abc"), r"store.json: damaged \(ValueError: .*'abc'\); prepare"),
+        (lambda s: edit(s, schema=[]), "store.json: damaged .*; prepare"),
+        (lambda s: edit(s, categories=[{"size": "big"}] * 4), r"store.json: damaged \(ValueError: .*'big'\); prepare"),
+        (lambda s: edit(s, categories=s.info["categories"][:3]), "store.json: damaged .*; prepare"),
+        (lambda s: edit_codes(s, dtype="bogus"), r"store.json: damaged \(TypeError: .*bogus.*\); prepare"),
+        (lambda s: edit_codes(s, dtype="float64"), "store.json: its sizes were changed .*; prepare"),
+        (lambda s: edit_codes(s, shape=[0, 0]), "store.json: .*; prepare"),
+        (lambda s: edit_codes(s, shape="x"), "store.json: damaged .*; prepare"),
+        (lambda s: edit_codes(s, shape=[-1, 4]), "store.json: damaged .*; prepare"),
+        (lambda s: edit_codes(s, offset=-4096), "store.json: damaged .*; prepare"),
         (lambda s: edit(s, split_row=7), "store.json: its sizes were changed after it was written; prepare"),
         (lambda s: (s.path / "store.bin").unlink(), "store.bin: no such file; prepare"),
         (
@@ -248,6 +266,38 @@ def test_a_damaged_store_is_named_in_one_line(store: EventStore, damage: Any, me
     with pytest.raises(DataError, match=message) as caught:
         EventStore.open(store.path)
     assert "\n" not in str(caught.value)
+
+
+DAMAGED_INDEXES = {
+    "first offset": ("offsets", 0, 1, "'offsets:who' does not begin with 0"),
+    "offsets back": ("offsets", 3, 1 << 60, "'offsets:who' decreases after entity 3"),
+    "offsets back at the end": ("offsets", -1, 0, "'offsets:who' decreases after entity 33"),
+    "last offset": ("offsets", -1, 1 << 60, "'offsets:who' ends with 1152921504606846976 where 390 rows are listed"),
+    "entity": ("entity_of_row", 7, 34, "'entity_of_row:who' holds 34 at row 7, and there are 34 entities"),
+    "negative entity": ("entity_of_row", 400, -2, "'entity_of_row:who' holds -2 at row 400, and there are 34 entities"),
+    "no entity": ("entity_of_row", 17, -1, "'rows:who' lists 390 rows where 389 have an entity"),
+    "row": ("rows", 10, 401, "'rows:who' holds 401 at position 10, and there are 401 events"),
+    "negative row": ("rows", 10, -1, "'rows:who' holds -1 at position 10, and there are 401 events"),
+    "another's row": ("rows", 0, None, "'rows:who' holds .* at position 0, a row of another entity"),
+    "row twice": ("rows", 1, None, "'rows:who' holds .* at position 1, out of time order"),
+}
+
+
+@pytest.mark.parametrize("block_rows", [1, 2, 7, 1 << 14])
+@pytest.mark.parametrize("damage", DAMAGED_INDEXES)
+def test_a_damaged_index_is_named_before_it_is_read(
+    store: EventStore, monkeypatch: pytest.MonkeyPatch, damage: str, block_rows: int
+) -> None:
+    monkeypatch.setattr(store_module, "BLOCK_ROWS", block_rows)
+    assert EventStore.open(store.path).index("who").offsets[-1] == 390
+    part, place, value, message = DAMAGED_INDEXES[damage]
+    section = store.sections[f"{part}:who"].map(store.path / "store.bin", "r+")
+    section[place] = {"another's row": section[-1], "row twice": section[0]}.get(damage, value)
+    damaged = EventStore.open(store.path)
+    with pytest.raises(DataError, match=f"store.bin: section {message}: damaged; prepare the store again") as caught:
+        damaged.anchors("train", 20)
+    assert "\n" not in str(caught.value)
+    assert damaged.index("where").offsets[-1] == 401  # what is whole stays readable
 
 
 def test_a_size_made_too_small_names_the_category(store: EventStore) -> None:
