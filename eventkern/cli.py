@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from eventkern.train.config import ConfigError, TrainerConfig, known_keys, read_config, require, to_mapping
+from eventkern.train.termination import Terminated, terminable
 
 try:
     import tyro
@@ -125,6 +126,9 @@ class Evaluate:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: cuda, else mps, else cpu."""
 
+    def __post_init__(self) -> None:
+        require(self, "batch_size", self.batch_size >= 1, "at least 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Info:
@@ -135,18 +139,19 @@ Command = Prepare | Train | Evaluate | Info
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0, 2 for a user's mistake, 1 for a failure."""
+    """Runs a command; returns its exit code: 0, 2 for a user's mistake, 1 for a failure, 130 or 143 when stopped."""
     try:
         command = parse(list(sys.argv[1:] if arguments is None else arguments))
-        match command:
-            case Prepare():
-                prepare(command)
-            case Train():
-                train(command)
-            case Evaluate():
-                evaluate(command)
-            case Info():
-                info()
+        with terminable():
+            match command:
+                case Prepare():
+                    prepare(command)
+                case Train():
+                    train(command)
+                case Evaluate():
+                    evaluate(command)
+                case Info():
+                    info()
         return 0
     except (ValueError, OSError, FloatingPointError) as error:
         is_mistake = isinstance(error, (ConfigError, *_user_errors()))
@@ -154,6 +159,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise  # of our own making: the traceback is wanted
         print(f"eventkern: {error}", file=sys.stderr)
         return 2 if is_mistake else 1
+    except Terminated:
+        print("eventkern: terminated", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print("eventkern: interrupted", file=sys.stderr)
         return 130
@@ -177,8 +185,7 @@ def parse(arguments: list[str]) -> Command:
     if len(arguments) == 1 or arguments[1].startswith("-"):
         raise ConfigError("train takes CONFIG as its first argument: eventkern train CONFIG [--key value ...]")
     config = load_config(arguments[1])
-    keys = {field.name: getattr(config, field.name) for field in dataclasses.fields(RunConfig)}
-    defaults = tyro.conf.subcommand("train", default=Train(config=arguments[1], **keys))
+    defaults = tyro.conf.subcommand("train", default=Train(config=arguments[1], **vars(config)))
     return _parse(Prepare | Annotated[Train, defaults] | Evaluate | Info, arguments)
 
 
@@ -231,7 +238,10 @@ def prepare(command: Prepare) -> None:
     import rich
 
     from eventkern.data.shipped import prepare_source
+    from eventkern.train.run_folder import require_folder
 
+    if not command.out.is_file():  # a file there is named by the data room
+        require_folder(command.out, "--out")
     options = {"on_error": command.on_error, "overwrite": command.overwrite}
     rich.print(prepare_source(command.source, command.schema, command.out, **options))
 
@@ -246,6 +256,7 @@ def train(command: Train) -> None:
     from eventkern.train import Loaders, Trainer
     from eventkern.train.device import seed_everything, select_device
     from eventkern.train.environment import environment
+    from eventkern.train.lineage import refuse_other_lineage
     from eventkern.train.run_folder import find_run
 
     config = RunConfig(**{field.name: getattr(command, field.name) for field in dataclasses.fields(RunConfig)})
@@ -253,8 +264,10 @@ def train(command: Train) -> None:
     device = select_device(config.device)
     store = open_store(config.data.store)
     sizes = model_config(config, store)
+    origin = lineage(store, sizes)
     if checkpoint is not None:
-        refuse_other_schema(load_run(checkpoint)["metadata"]["model"], sizes, checkpoint, store)
+        state = load_run(checkpoint)
+        refuse_other_lineage(state["metadata"]["lineage"], origin, checkpoint, store.path)
     options = {key: getattr(config, key) for key in ("src_seq_len", "tgt_seq_len", "id_category_size", "batch_size")}
     train_loader = EventLoader(store, "train", seed=config.seed, device=device, **options)
     validation_loader = EventLoader(store, "validation", device=device, **options)
@@ -269,11 +282,11 @@ def train(command: Train) -> None:
         Loaders(train_loader, validation_loader),
         run_dir=run_dir,
         ledger=build_ledger(store, config.id_category_size),
-        metadata={"model": dataclasses.asdict(sizes), "run": to_mapping(config)},
+        metadata={"model": dataclasses.asdict(sizes), "run": to_mapping(config), "lineage": origin},
         resume_command=shlex.join(resume_command),
     )
     if checkpoint is not None:
-        trainer.resume(checkpoint)
+        trainer.resume(checkpoint, state)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.toml").write_text(tomli_w.dumps(to_mapping(config)), encoding="utf-8")
     (run_dir / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
@@ -289,8 +302,8 @@ def load_run(path: Path) -> dict[str, Any]:
     from eventkern.train.checkpoint import CheckpointError, load_checkpoint
 
     state = load_checkpoint(path)
-    if not {"model", "run"} <= state["metadata"].keys():
-        raise CheckpointError(f"{path}: names no model: it is no checkpoint of `eventkern train`")
+    if not {"model", "run", "lineage"} <= state["metadata"].keys():
+        raise CheckpointError(f"{path}: names no model: it is no checkpoint of `eventkern train`; give one that is")
     return state
 
 
@@ -315,29 +328,21 @@ def build_ledger(store: EventStore, id_category_size: int) -> Ledger:
     from eventkern.train import Ledger
 
     table = baselines(store, id_category_size)
-    names = store.schema.category_names
-    return Ledger(names, table.classes, table.marginal, table.first_order, table.floor)
+    return Ledger(store.schema.category_names, table.classes, table.marginal, table.first_order, table.floor)
 
 
-def refuse_other_schema(
-    there: dict[str, Any], here: EventTransformerConfig, checkpoint: Path, store: EventStore
-) -> None:
-    """Raises a CheckpointError where a checkpoint's categories, sizes or streams are not those of the store."""
-    from eventkern.train import CheckpointError
+def lineage(store: EventStore, sizes: EventTransformerConfig) -> dict[str, Any]:
+    """What the model's categories and streams mean on a store, as plain values."""
+    from eventkern.train.lineage import digest
 
-    other = f"{checkpoint}: is of another schema than {store.path}:"
-    if tuple(there["category_names"]) != here.category_names:
-        differing = sorted(set(there["category_names"]) ^ set(here.category_names)) or ["their order"]
-        raise CheckpointError(f"{other} the categories differ ({', '.join(differing)})")
-    for name, old, new in zip(here.category_names, there["category_sizes"], here.category_sizes, strict=True):
-        if old != new:
-            raise CheckpointError(
-                f"{other} category {name!r} has {old} classes in the checkpoint and {new} in the store"
-            )
-    if there["num_streams"] != here.num_streams:
-        raise CheckpointError(
-            f"{other} {there['num_streams']} streams in the checkpoint, {here.num_streams} in the store"
-        )
+    schema = store.schema
+    categories = {}
+    for category, size, told in zip(schema.categories, sizes.category_sizes, store.info["categories"], strict=True):
+        meaning = [category.kind, category.field, category.unit, told["values"][: size - 2], told.get("edges")]
+        zone = schema.timezone if category.kind == "time" else None
+        categories[category.name] = {"classes": size, "meaning": digest([*meaning, zone])}
+    streams = {stream.name: stream.entity or "all" for stream in schema.streams}
+    return {"categories": categories, "streams": streams, "key": schema.key}
 
 
 def evaluate(command: Evaluate) -> None:
@@ -345,10 +350,11 @@ def evaluate(command: Evaluate) -> None:
     from eventkern.data.loader import EventLoader
     from eventkern.data.shipped import open_store
     from eventkern.models import EventTransformer
-    from eventkern.train import evaluate
+    from eventkern.train import evaluation
     from eventkern.train.checkpoint import load_weights
     from eventkern.train.config import from_mapping
     from eventkern.train.device import select_device, select_precision
+    from eventkern.train.lineage import refuse_other_lineage
     from eventkern.train.logging import print_ledger
 
     is_run = (command.checkpoint / "checkpoints").is_dir()
@@ -358,12 +364,13 @@ def evaluate(command: Evaluate) -> None:
     config = from_mapping(RunConfig, state["metadata"]["run"])
     store = open_store(command.store or config.data.store)
     sizes = model_config(config, store)
-    refuse_other_schema(state["metadata"]["model"], sizes, path, store)
+    refuse_other_lineage(state["metadata"]["lineage"], lineage(store, sizes), path, store.path)
     model = EventTransformer(sizes)
     load_weights(model, state["model"], path)
     options = {key: getattr(config, key) for key in ("src_seq_len", "tgt_seq_len", "id_category_size")}
     loader = EventLoader(store, "validation", batch_size=command.batch_size, device=device, **options)
-    means = evaluate(model.to(device), loader, precision=select_precision(config.precision, device), device=device)
+    precision = select_precision(config.precision, device)
+    means = evaluation.evaluate(model.to(device), loader, precision=precision, device=device)
     ledger = build_ledger(store, config.id_category_size)
     ledger.update(state["step"], means["loss"].numpy(), means["top1"].numpy())
     print_ledger(ledger)
@@ -373,14 +380,17 @@ def info() -> None:
     """`eventkern info`."""
     import torch
 
-    from eventkern import hardware, ops
+    from eventkern import _C, hardware, ops
     from eventkern.train.environment import environment
 
     for name, value in environment().items():
         print(f"{name:28}{value}")
+    built = "C++ and CUDA" if _C.has_cuda else "C++ without CUDA: rebuild it where nvcc is found"
+    print(f"{'eventkern._C':28}{built}")
     kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(["mps"] if torch.mps.is_available() else [])]
     print(f"\n{'kernels':28}" + "".join(f"{kind:12}" for kind in kinds))
-    for op, served in ops.implementations().items():
+    data = {"cpu": "C++", "cuda": "CUDA" if _C.has_cuda else "C++ on cpu", "mps": "C++ on cpu"}
+    for op, served in {**ops.implementations(), "permutation": data, "window gather": data}.items():
         print(f"{op:28}" + "".join(f"{served[kind]:12}" for kind in kinds))
     print(f"\n{'reach':28}{'copy GB/s':12}{'float32 GFLOP/s':18}bfloat16 GFLOP/s")
     for kind in kinds:

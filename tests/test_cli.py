@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from eventkern import cli
+from eventkern import _C, cli
 from eventkern.cli import RunConfig, load_config, main
 from eventkern.train.checkpoint import FORMAT, save_checkpoint
 
@@ -198,11 +198,33 @@ def test_info_tells_versions_ops_and_speed(monkeypatch: pytest.MonkeyPatch, caps
     shown = capsys.readouterr().out
     for words in ("torch", "threads", "multi_embedding", "multi_head_cross_entropy", "12.5", "345"):
         assert words in shown
+    served = {line.split("  ")[0]: line for line in shown.splitlines()}
+    for op in ("permutation", "window gather"):
+        assert served[op].split()[-1 if not torch.cuda.is_available() else 2] == "C++"
+    assert ("without CUDA" in served["eventkern._C"]) != _C.has_cuda
+
+
+def test_sigterm_ends_prepare_without_leavings(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(here.iterdir())
+    monkeypatch.setattr("eventkern.data.prepare.write_binary", lambda *_: signal.raise_signal(signal.SIGTERM))
+    assert main(PREPARE.split()) == 143
+    assert capsys.readouterr().err == "eventkern: terminated\n"
+    assert sorted(here.iterdir()) == before
 
 
 PREPARE = "prepare visits.csv --schema visits.toml --out new"
 TRAIN = "train small.toml --run-dir new"
 RESUME = TRAIN + " --resume run"
+OTHERS = {  # edits of the table or its schema that leave the number of classes as it is
+    "other day": ('"weekday"', '"day"'),
+    "other values": ("site ", "spot "),
+    "other streams": ('"person", entity = "person"', '"place", entity = "place"'),
+    "one stream": (', { name = "time", entity = "all" }', ""),
+    "other key": ('key = "person"', 'key = "place"'),
+    "fewer rows": (f"{visits()[1]}\n", ""),
+}
 
 
 @pytest.mark.parametrize(
@@ -216,6 +238,8 @@ RESUME = TRAIN + " --resume run"
         (TRAIN + " --lr many", "", "Error parsing --lr: could not convert string to float: 'many'"),
         (TRAIN + " --grad-accum 0", "", "grad_accum is 0, but must be at least 1"),
         (TRAIN + " --model.d-model 15", "", "d_model is 15, but must be a multiple of num_heads = 2"),
+        (TRAIN + " --seed 18446744073709551616", "", "seed is 18446744073709551616, but must be at least 0 and below"),
+        ("train small.toml --run-dir visits.csv", "", "--run-dir visits.csv: is a file; give the path of a folder"),
         (TRAIN + " --dropout 1", "", "dropout is 1.0, but must be in [0, 1)"),
         (TRAIN + " --schedule warm", "", "invalid choice 'warm' for argument '--schedule'. Expected one of ("),
         (TRAIN + " --data.store gone", "", "gone: holds no event store"),
@@ -231,7 +255,14 @@ RESUME = TRAIN + " --resume run"
         ("evaluate gone.pt", "", "gone.pt: no such checkpoint"),
         ("evaluate foreign.pt", "foreign", "foreign.pt: names no model: it is no checkpoint of `eventkern train`"),
         ("evaluate run --store gone", "", "gone: holds no event store"),
-        ("evaluate run --store other", "other", "of another schema than other: the categories differ (day, weekday)"),
+        ("evaluate run --batch-size 0", "", "batch_size is 0, but must be at least 1"),
+        ("evaluate run --store other", "other day", "another schema than other: the categories differ (day, weekday)"),
+        ("evaluate run --store other", "other values", "the classes of place stand for other values; give the store"),
+        ("evaluate run --store other", "other streams", "streams person of person, time of all in the checkpoint and"),
+        ("evaluate run --store other", "one stream", "time of all in the checkpoint and person of person in the store"),
+        ("evaluate run --store other", "other key", "key person in the checkpoint and place in the store; give the"),
+        (RESUME + " --data.store other", "other values", "the classes of place stand for other values"),
+        (RESUME + " --data.store other", "fewer rows", "is of other training data: the sampler state has n"),
         (PREPARE.replace("visits.csv", "gone.csv"), "", "gone.csv"),
         (PREPARE.replace(" --schema visits.toml", ""), "", "visits.csv: has no schema of its own; give one"),
         (PREPARE.replace("visits.toml", "gone.toml"), "", "gone.toml: no such schema file"),
@@ -239,6 +270,7 @@ RESUME = TRAIN + " --resume run"
         (PREPARE, "visits.csv:2024-01-02T=2024-13-02T", "2024-13-02T"),
         (PREPARE, "visits.csv:,p0,=,", "visits.csv"),
         (PREPARE.replace("--out new", "--out store"), "", "store: a store is already there"),
+        (PREPARE.replace("--out new", "--out visits.csv/x"), "", "--out visits.csv/x: visits.csv is a file; give the"),
         (PREPARE + " --on-error maybe", "", "invalid choice 'maybe' for argument '--on-error'"),
     ],
 )  # fmt: skip
@@ -257,12 +289,13 @@ def test_mistakes_are_one_line_and_exit_2(
 
 
 def spoil_file(folder: Path, spoil: str) -> None:
-    """`cut FILE` halves a file, `FILE:OLD=NEW` edits it; `other` prepares a store of another schema, `foreign` saves a
+    """`cut FILE` halves a file, `FILE:OLD=NEW` edits it; a key of OTHERS prepares the store `other`, `foreign` saves a
     checkpoint of another program."""
-    if spoil == "other":
-        schema = (folder / "visits.toml").read_text().replace('"weekday"', '"day"')
-        (folder / "other.toml").write_text(schema)
-        assert main(["prepare", "visits.csv", "--schema", "other.toml", "--out", "other"]) == 0
+    if spoil in OTHERS:
+        old, new = OTHERS[spoil]
+        for name in ("visits.toml", "visits.csv"):
+            (folder / name.replace("visits", "other")).write_text((folder / name).read_text().replace(old, new))
+        assert main(["prepare", "other.csv", "--schema", "other.toml", "--out", "other"]) == 0
     elif spoil == "foreign":
         save_checkpoint({"format": FORMAT, "metadata": {}}, folder / "foreign.pt")
     elif spoil.startswith("cut "):

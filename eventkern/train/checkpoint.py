@@ -26,6 +26,7 @@ COMMENT_BYTES = len(COMMENT) + 64
 END_OF_ZIP = b"PK\x05\x06"
 END_OF_ZIP_BYTES = 22
 BLOCK_BYTES = 1 << 20
+MEND_DAMAGE = "copy it again, or give another checkpoint of the run"
 
 
 class CheckpointError(ValueError):
@@ -116,11 +117,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: missing, truncated, damaged, or of another format.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint")
+        raise CheckpointError(f"{path}: no such checkpoint; give a checkpoint file, or the folder of a run")
     _verify_checksum(path)
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     if state.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: checkpoint format {state.get('format')}, but this version reads {FORMAT}")
+        raise CheckpointError(
+            f"{path}: checkpoint format {state.get('format')}, but this version reads {FORMAT}; "
+            "use the version of eventkern that wrote it"
+        )
     return state
 
 
@@ -131,7 +135,10 @@ def load_weights(model: Any, weights: Mapping[str, torch.Tensor], path: Path) ->
         here = tuple(own[name].shape) if name in own else "absent"
         there = tuple(weights[name].shape) if name in weights else "absent"
         if here != there:
-            raise CheckpointError(f"{path}: parameter {name!r} is {there} in the checkpoint and {here} in the model")
+            raise CheckpointError(
+                f"{path}: parameter {name!r} is {there} in the checkpoint and {here} in the model; "
+                "give the configuration it was trained with"
+            )
     model.load_state_dict(weights)
 
 
@@ -186,10 +193,14 @@ def _verify_checksum(path: Path) -> None:
         file.seek(max(0, size - COMMENT_BYTES))
         comment = file.read()
         if not comment.startswith(COMMENT):
-            raise CheckpointError(f"{path}: truncated, or no checkpoint: {size} bytes do not end in a checksum")
+            raise CheckpointError(
+                f"{path}: truncated, or no checkpoint: {size} bytes do not end in a checksum; {MEND_DAMAGE}"
+            )
         file.seek(0)
         if _digest(file, size - COMMENT_BYTES) != comment.removeprefix(COMMENT):
-            raise CheckpointError(f"{path}: damaged: its bytes do not have the checksum it was written with")
+            raise CheckpointError(
+                f"{path}: damaged: its bytes do not have the checksum it was written with; {MEND_DAMAGE}"
+            )
 
 
 def _digest(file: IO[bytes], num_bytes: int) -> bytes:

@@ -70,8 +70,8 @@ class TrainerConfig:
         for key in ("max_steps", "evaluate_every", "save_every"):
             value = getattr(self, key)
             require(self, key, value is None or value >= 1, "at least 1, or None")
-        for key in ("warmup_steps", "seed"):
-            require(self, key, getattr(self, key) >= 0, "at least 0")
+        require(self, "warmup_steps", self.warmup_steps >= 0, "at least 0")
+        require(self, "seed", 0 <= self.seed < 2**63, "at least 0 and below 2^63")
         for key in ("weight_decay", "clip"):
             value = getattr(self, key)
             require(self, key, math.isfinite(value) and value >= 0, "finite and at least 0")

@@ -19,6 +19,8 @@ Nats = NDArray[np.float64]
 STUCK_SHARE = 0.02
 """A model that explains less than this share of the summed marginal has learned nothing but frequencies."""
 COLUMNS = ("category", "classes", "ln(classes)", "marginal", "first-order", "floor", "model", "explained", "top-1")
+NARROW = {"ln(classes)": "ln\n(classes)", "first-order": "first-\norder", "explained": "ex-\nplained"}
+"""Headings in two lines, so that the table of long category names fits a terminal of 80 columns."""
 
 
 class Ledger:
@@ -149,6 +151,10 @@ class Ledger:
         temporary.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         temporary.replace(path)
 
+    def columns(self) -> tuple[str, ...]:
+        """The headings of the table; a floor that is known nowhere has no column."""
+        return COLUMNS if np.isfinite(self.floor).any() else tuple(name for name in COLUMNS if name != "floor")
+
     def rows(self) -> list[tuple[str, ...]]:
         """The table's cells as text: a row per category, then the sum and the mean."""
         losses = np.stack([self.ln_classes, self.marginal, self.first_order, self.floor, self.model])
@@ -161,23 +167,28 @@ class Ledger:
         explained = _percent(self.explained_of_sum())
         cells.append(("sum", "", *map(_loss, losses.sum(axis=1)), explained, ""))
         cells.append(("mean", "", *map(_loss, losses.mean(axis=1)), explained, _percent(float(self.top1.mean()))))
+        if "floor" not in self.columns():
+            cells = [(*row[: COLUMNS.index("floor")], *row[COLUMNS.index("floor") + 1 :]) for row in cells]
         return cells
 
     def table(self) -> Table:
-        """The ledger as a rich table."""
+        """The ledger as a rich table, of at most 80 columns where names have 17 letters and sums 4 digits."""
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=self._title(), caption=self.verdict(), caption_justify="left")
-        for column in COLUMNS:
-            table.add_column(column, justify="left" if column == "category" else "right", no_wrap=True)
-        for number, row in enumerate(self.rows()):
-            table.add_row(*map(Text, row), end_section=number == len(self.names) - 1)
+        table = Table(title=self._title(), caption=Text(self.verdict()), caption_justify="left", box=None)
+        table.padding, table.pad_edge = (0, 1, 0, 0), False
+        for column in self.columns():
+            table.add_column(
+                NARROW.get(column, column), justify="left" if column == "category" else "right", no_wrap=True
+            )
+        for row in self.rows():
+            table.add_row(*map(Text, row))
         return table
 
     def text(self) -> str:
         """The ledger as plain text."""
-        rows = [COLUMNS, *self.rows()]
+        rows = [self.columns(), *self.rows()]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "  ".join(cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(cells))
@@ -186,7 +197,8 @@ class Ledger:
         return "\n".join([self._title(), *lines, self.verdict()])
 
     def _title(self) -> str:
-        return f"Loss ledger at step {self.step} (validation, nats)"
+        when = "before the first evaluation" if self.step is None else f"at step {self.step}"
+        return f"Loss ledger {when} (validation, nats)"
 
 
 def _ratio(part: Any, whole: Any) -> Any:
@@ -200,7 +212,9 @@ def _plain(value: Any) -> int | float | None:
 
 
 def _loss(value: float) -> str:
-    return f"{round(value, 3) + 0.0:.3f}" if math.isfinite(value) else "-"  # + 0.0: no "-0.000"
+    if not math.isfinite(value):
+        return "-"
+    return f"{value:.2f}" if value >= 100 else f"{round(value, 3) + 0.0:.3f}"  # + 0.0: no "-0.000"
 
 
 def _percent(share: float) -> str:

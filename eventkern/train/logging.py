@@ -19,18 +19,21 @@ from torch import Tensor
 from eventkern.train.ledger import Ledger
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress
 
 METRICS_FILE = "metrics.jsonl"
 CURVES_FILE = "curves.png"
 INSTALL = "pip install 'eventkern[train]'"
+UNBOUNDED = 10_000
+"""Wider than any table."""
 
 
 class RunLog:
     """Where a run's numbers go; use it as a context manager.
 
     On a terminal there is a progress bar, elsewhere a line per logged step. What needs a package that is missing (rich,
-    tensorboard) is left out and said once.
+    tensorboard, matplotlib) is left out; event files and curves that will be missing are said once.
 
     Args:
         run_dir: folder of metrics.jsonl and the TensorBoard events; made if absent.
@@ -50,6 +53,8 @@ class RunLog:
         self._progress: Progress | None = _progress_bar() if sys.stdout.isatty() and _has("rich") else None
         if self._board is None:
             self.say(f"tensorboard is not installed: no event files ({INSTALL})")
+        if not _has("matplotlib"):
+            self.say(f"matplotlib is not installed: no {CURVES_FILE} ({INSTALL})")
 
     def __enter__(self) -> RunLog:
         if self._progress is not None:
@@ -107,7 +112,7 @@ class RunLog:
     def show_ledger(self, ledger: Ledger) -> None:
         """Prints the ledger, above the progress bar where there is one."""
         if self._progress is not None:
-            self._progress.console.print(ledger.table())
+            print_table(self._progress.console, ledger)
         else:
             print_ledger(ledger)
 
@@ -195,9 +200,18 @@ def print_ledger(ledger: Ledger) -> None:
     if sys.stdout.isatty() and _has("rich"):
         from rich.console import Console
 
-        Console().print(ledger.table())
+        print_table(Console(), ledger)
     else:
         print(ledger.text(), flush=True)
+
+
+def print_table(console: Console, ledger: Ledger) -> None:
+    """Prints the table; where the console is narrower, the plain text, which it may wrap but not cut."""
+    table = ledger.table()
+    if console.measure(table, options=console.options.update(max_width=UNBOUNDED)).maximum <= console.width:
+        console.print(table)
+    else:
+        console.print(ledger.text(), markup=False, highlight=False, soft_wrap=True)
 
 
 def cut_metrics(path: Path, last_step: int) -> None:
@@ -216,7 +230,12 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def plot_curves(run_dir: Path, ledger: Ledger | None) -> None:
-    """Draws curves.png from metrics.jsonl: the mean loss of training and validation, and the ledger's baselines."""
+    """Draws curves.png from metrics.jsonl: the mean loss of training and validation, and the ledger's baselines.
+
+    Without matplotlib nothing is drawn.
+    """
+    if not _has("matplotlib"):
+        return
     from matplotlib.figure import Figure
 
     rows = read_metrics(run_dir / METRICS_FILE)

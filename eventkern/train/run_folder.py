@@ -21,8 +21,11 @@ def find_run(name: str, run_dir: Path | None = None, resume: str | None = None) 
             fresh start; or the path of a checkpoint or of a run folder.
 
     Raises:
-        ConfigError: no checkpoint at `resume`, or a fresh start in a folder that holds checkpoints.
+        ConfigError: no checkpoint at `resume`, a fresh start in a folder that holds checkpoints, or a file in the place
+            of the folder.
     """
+    if run_dir is not None:
+        require_folder(run_dir, "--run-dir")
     checkpoint = None
     if resume == "auto":
         if run_dir is None:
@@ -39,4 +42,20 @@ def find_run(name: str, run_dir: Path | None = None, resume: str | None = None) 
             run_dir = checkpoint.parent.parent
     elif run_dir is not None and last_checkpoint(run_dir) is not None:
         raise ConfigError(f"{run_dir}: holds checkpoints of a run; add --resume auto, or choose another --run-dir")
-    return run_dir or RUNS / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{name}", checkpoint
+    return run_dir or fresh_folder(f"-{name}"), checkpoint
+
+
+def fresh_folder(suffix: str = "") -> Path:
+    """runs/<time><suffix>, with the time of the next second that has no run yet."""
+    now = datetime.datetime.now()
+    while (path := RUNS / f"{now:%Y%m%d-%H%M%S}{suffix}").exists():
+        now += datetime.timedelta(seconds=1)
+    return path
+
+
+def require_folder(path: Path, option: str) -> None:
+    """Raises a ConfigError where a folder cannot be, because it or one above it is a file."""
+    for place in (path, *path.parents):
+        if place.exists() and not place.is_dir():
+            where = "is a file" if place == path else f"{place} is a file"
+            raise ConfigError(f"{option} {path}: {where}; give the path of a folder, or move the file away")

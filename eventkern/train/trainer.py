@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from eventkern.train.checkpoint import (
     CHECKPOINTS,
+    CheckpointError,
     CheckpointFolder,
     load_checkpoint,
     load_weights,
@@ -33,6 +34,7 @@ from eventkern.train.ledger import Ledger
 from eventkern.train.logging import Meter, RunLog, plot_curves
 from eventkern.train.optim import Schedule, build_optimizer
 from eventkern.train.protocols import BatchLoader, TrainableModel
+from eventkern.train.run_folder import fresh_folder
 
 LEDGER_FILE = "ledger.json"
 
@@ -77,8 +79,8 @@ class Trainer:
     Args:
         model: a TrainableModel; moved to the device of the configuration.
         config: the settings.
-        loaders: training and validation batches on that device.
-        run_dir: the run's folder; made if absent.
+        loaders: training and validation batches on that device; a pair of loaders is taken in that order.
+        run_dir: the run's folder, made if absent; None: runs/<time>, made at once so that no other run takes it.
         ledger: baselines to hold the validation losses against; None: no ledger.
         metadata: plain values to store in each checkpoint, such as the model's configuration.
         resume_command: the command that continues this run, printed when it is interrupted.
@@ -91,13 +93,14 @@ class Trainer:
         self,
         model: TrainableModel,
         config: TrainerConfig,
-        loaders: Loaders,
+        loaders: Loaders | tuple[BatchLoader, BatchLoader],
         *,
-        run_dir: str | Path,
+        run_dir: str | Path | None = None,
         ledger: Ledger | None = None,
         metadata: Mapping[str, Any] | None = None,
         resume_command: str | None = None,
     ) -> None:
+        loaders = loaders if isinstance(loaders, Loaders) else Loaders(*loaders)
         if len(loaders.train) == 0:
             raise ConfigError("the training loader has no batch: more data or a smaller batch_size is needed")
         self.config = config
@@ -105,6 +108,9 @@ class Trainer:
         self.model = model
         model.to(self.device)  # type: ignore[attr-defined]  # overloaded in nn.Module, so no protocol matches it
         self.loaders = loaders
+        if run_dir is None:
+            run_dir = fresh_folder()
+            run_dir.mkdir(parents=True)
         self.run_dir = Path(run_dir)
         self.ledger = ledger
         self.checkpoints = CheckpointFolder(self.run_dir / CHECKPOINTS, config.keep_checkpoints)
@@ -124,17 +130,27 @@ class Trainer:
         self._meter = Meter()
         self._log: RunLog
 
-    def resume(self, path: str | Path) -> None:
+    def resume(self, path: str | Path, state: Mapping[str, Any] | None = None) -> None:
         """Takes up a checkpoint; the run goes on as if it had never stopped, bitwise on the CPU under the same threads.
 
+        Args:
+            path: the checkpoint.
+            state: what `load_checkpoint(path)` returned, where that was called already; None: it is read now.
+
         Raises:
-            CheckpointError: a checkpoint that is missing, damaged, or of another model.
+            CheckpointError: a checkpoint that is missing, damaged, of another model or of other training data.
         """
-        state = load_checkpoint(Path(path))
+        if state is None:
+            state = load_checkpoint(Path(path))
         load_weights(self.model, state["model"], Path(path))
+        try:
+            self.loaders.train.load_state_dict(state["loader"])
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path}: is of other training data: {error}; give the store it was trained on, or start a fresh run"
+            ) from error
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        self.loaders.train.load_state_dict(state["loader"])
         self._position = state["loader"]
         self.step = state["step"]
         self.epochs_done = state["epochs_done"]
@@ -155,13 +171,14 @@ class Trainer:
             if self._finished():
                 self._log.say(f"nothing left to do at step {self.step}: raise epochs or max_steps")
                 return self._result()
+            if self.ledger is not None and not (self.run_dir / LEDGER_FILE).exists():
+                self.ledger.save(self.run_dir / LEDGER_FILE)
             self._meter.start()
             ended = False
             while not ended:
                 ended = self._train_epoch()
-            if self._finished():
-                plot_curves(self.run_dir, self.ledger)
-            else:
+            plot_curves(self.run_dir, self.ledger)
+            if not self._finished():
                 command = f"; to go on: {self._resume_command}" if self._resume_command else ""
                 self._log.say(f"stopped after step {self.step}, saved in {self.checkpoints.path}{command}")
         return self._result()
@@ -275,13 +292,12 @@ class Trainer:
         return {name: values.tolist() for name, values in means.items()}
 
     def _show_ledger(self, validation: Mapping[str, Sequence[float]], is_best: bool) -> None:
-        """Prints the ledger of every evaluation; ledger.json is that of checkpoints/best."""
+        """Prints the ledger of every evaluation; ledger.json is that of checkpoints/best, the newest without a best."""
         if self.ledger is not None:
             self.ledger.update(self.step, validation["loss"], validation["top1"])
             self._log.show_ledger(self.ledger)
-            file = self.run_dir / LEDGER_FILE
-            if is_best or not file.exists():
-                self.ledger.save(file)
+            if is_best or self.checkpoints.best is None:
+                self.ledger.save(self.run_dir / LEDGER_FILE)
 
     def _save(self, is_best: bool) -> None:
         state = {

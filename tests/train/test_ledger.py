@@ -99,6 +99,22 @@ def test_the_table_shows_every_name_and_number_as_it_is() -> None:
         assert "step 123" in shown
 
 
+def test_a_floor_that_is_known_nowhere_has_no_column() -> None:
+    assert "floor" in make_ledger().text()
+    bare = make_ledger(floor=False)
+    assert "floor" not in bare.text()
+    assert {len(row) for row in bare.rows()} == {len(bare.columns())} == {8}
+    assert bare.rows()[0] == (NAMES[0], "10", "2.303", "2.000", "1.500", "1.000", "50.0 %", "50.0 %")
+
+
+def test_before_the_first_evaluation_it_says_so(tmp_path: Path) -> None:
+    ledger = make_ledger(None)
+    assert "before the first evaluation" in ledger.text()
+    ledger.save(tmp_path / "ledger.json")
+    told = json.loads((tmp_path / "ledger.json").read_text())
+    assert (told["step"], told["sum"]["model"], told["sum"]["marginal"]) == (None, None, 7.0)
+
+
 def test_zero_has_no_sign() -> None:
     ledger = Ledger(("Year",), (4,), [0.3], [0.0001], [-0.0001])
     ledger.update(1, [-0.0], [1.0])

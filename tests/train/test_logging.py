@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
@@ -9,10 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from eventkern.data import Schema
 from eventkern.train import Ledger
-from eventkern.train.logging import Meter, RunLog, cut_metrics, plot_curves, print_ledger, read_metrics
+from eventkern.train.logging import Meter, RunLog, cut_metrics, plot_curves, print_ledger, print_table, read_metrics
+
+FLIGHTS = Schema.load("flights").category_names
 
 
 def row(step: int, **more: float) -> dict[str, float]:
@@ -95,6 +100,37 @@ def test_without_tensorboard_it_says_so_once(
         log.write(row(20), [0.1])
     assert capsys.readouterr().out.count("tensorboard is not installed") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_without_matplotlib_it_says_so_once_and_draws_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    with RunLog(tmp_path, ("kind",), total_steps=40) as log:
+        log.write(row(10), [0.1])
+        plot_curves(tmp_path, None)
+    assert capsys.readouterr().out.count("matplotlib is not installed: no curves.png") == 1
+    assert not (tmp_path / "curves.png").exists()
+
+
+@pytest.mark.parametrize("width", [80, 60])
+@pytest.mark.parametrize("has_floor", [False, True])
+def test_no_figure_of_the_ledger_is_cut(width: int, has_floor: bool) -> None:
+    count = len(FLIGHTS)
+    floors = [1.25 + place / 1000 for place in range(count)] if has_floor else None
+    ledger = Ledger(FLIGHTS, [1000 + place for place in range(count)], [6.5] * count, [4.75] * count, floors)
+    ledger.update(1234, [5.5 + place / 1000 for place in range(count)], [0.99 - place / 100 for place in range(count)])
+    out = io.StringIO()
+    print_table(Console(file=out, width=width), ledger)
+    assert "…" not in out.getvalue()
+    lines = out.getvalue().splitlines()
+    for cells in ledger.rows():
+        (line,) = [line for line in lines if line.startswith(cells[0] + " ")]
+        assert line.split() == " ".join(cells).split()
+        assert width == 60 or len(line) <= 80
+    assert "".join(out.getvalue().split()).endswith("".join(ledger.verdict().split()))
 
 
 def test_curves_show_training_validation_and_baselines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from eventkern.train import ConfigError
 from eventkern.train.checkpoint import CheckpointFolder
-from eventkern.train.run_folder import find_run
+from eventkern.train.run_folder import find_run, fresh_folder
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +30,17 @@ def test_a_fresh_run_is_named_by_time_and_configuration() -> None:
     assert datetime.timedelta(0) <= age < datetime.timedelta(minutes=1)
     assert checkpoint is None
     assert find_run("flights", Path("mine")) == (Path("mine"), None)
+
+
+def test_two_runs_of_one_second_have_two_folders() -> None:
+    folders = []
+    for _ in range(3):
+        folders.append(fresh_folder("-flights"))
+        folders[-1].mkdir(parents=True)
+    assert sorted(set(folders)) == folders
+    assert find_run("flights")[0] not in folders
+    for folder in folders:
+        assert datetime.datetime.strptime(folder.name, "%Y%m%d-%H%M%S-flights")
 
 
 def test_auto_takes_the_newest_run_of_the_configuration() -> None:
@@ -60,6 +71,11 @@ def test_mistakes_are_named() -> None:
     Path("empty").mkdir()
     with pytest.raises(ConfigError, match="mine: holds checkpoints of a run; add --resume auto"):
         find_run("flights", Path("mine"))
+    Path("afile").touch()
+    with pytest.raises(ConfigError, match="--run-dir afile: is a file; give the path of a folder, or move the file"):
+        find_run("flights", Path("afile"))
+    with pytest.raises(ConfigError, match="--run-dir afile/x/y: afile is a file; give"):
+        find_run("flights", Path("afile/x/y"), "auto")
     for missing in ("gone", "gone.pt", "empty"):
         with pytest.raises(ConfigError, match=f"--resume {missing}: no checkpoint there"):
             find_run("flights", resume=missing)
