@@ -254,7 +254,7 @@ def train(command: Train) -> None:
     from eventkern.data.shipped import TABLES, open_store
     from eventkern.models import EventTransformer
     from eventkern.train import Loaders, Trainer
-    from eventkern.train.device import seed_everything, select_device
+    from eventkern.train.device import keep_freed_memory, seed_everything, select_device
     from eventkern.train.environment import environment
     from eventkern.train.lineage import refuse_other_lineage
     from eventkern.train.run_folder import find_run
@@ -262,6 +262,7 @@ def train(command: Train) -> None:
     config = RunConfig(**{field.name: getattr(command, field.name) for field in dataclasses.fields(RunConfig)})
     run_dir, checkpoint = find_run(Path(command.config).stem, command.run_dir, command.resume)
     device = select_device(config.device)
+    keep_freed_memory()
     store = open_store(config.data.store)
     sizes = model_config(config, store)
     origin = lineage(store, sizes)

@@ -1,4 +1,4 @@
-"""What every test needs: poisoned fresh memory, the accuracy judge, and the skip of GPU tests where there is no GPU."""
+"""What every test needs: one thread, poisoned fresh memory, the accuracy judge, and no GPU test where there is none."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +14,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Tensors this small gain nothing from threads, and lose much to threads that wait where cores are shared."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +77,6 @@ def visits(num_rows: int = 400) -> list[str]:
         places[person] = draw.randrange(5) if draw.random() < 0.1 else (places[person] + 1) % 5
         lines.append(f"{at:%Y-%m-%dT%H:%M:%S},p{person},site {places[person]}")
     return lines
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from threads, and lose much to threads that wait where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """A peer is worth timing only if it computes the same: losses, gradients and counted operations, side by side."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import nn
@@ -26,15 +24,6 @@ SHAPES = Shapes(
     ),
     batch_size=3,
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """On tensors this small a second thread only waits, for long where the machine is busy."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def models() -> tuple[EventTransformer, PlainEventTransformer]:

@@ -3,11 +3,9 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from profiling import trace
 
@@ -19,15 +17,6 @@ CONFIG = {
     "batch_size": 2,
     "model": {"d_model": 8, "num_heads": 2, "encoder_layers": 1, "decoder_layers": 1},
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """On tensors this small a second thread only waits, for long where the machine is busy."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture

@@ -118,15 +118,6 @@ class TinyLoader:
         self.position = self.resume_position = state["position"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from threads, and lose much to threads that wait where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def tiny() -> Any:
     """The classes above, for tests that cannot import a conftest."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -52,3 +55,25 @@ def test_every_generator_is_seeded() -> None:
     other = draw()
     assert again == first
     assert not set(other) & set(first)
+
+
+FAULTS_OF_A_BLOCK_FREED_AND_TAKEN_AGAIN = """
+import resource, sys, torch
+from eventkern.train.device import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+for _ in range(20):  # the heap takes some rounds to find its shape
+    torch.empty(64 << 20, dtype=torch.uint8).fill_(1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.empty(64 << 20, dtype=torch.uint8).fill_(1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is not glibc's")
+def test_freed_memory_comes_back_without_page_faults() -> None:
+    faults = {}
+    for kept in ("kept", "returned"):
+        command = [sys.executable, "-c", FAULTS_OF_A_BLOCK_FREED_AND_TAKEN_AGAIN, kept]
+        faults[kept] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert faults["kept"] < 10 < faults["returned"]
