@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 
 from eventkern import _C, cli
 from eventkern.cli import RunConfig, load_config, main
+from eventkern.train import device
 from eventkern.train.checkpoint import FORMAT, save_checkpoint
 
 SCHEMA = """
@@ -79,6 +81,15 @@ def visits(num_rows: int = 400) -> list[str]:
     return lines
 
 
+@pytest.fixture(autouse=True, scope="module")
+def allocator_calls() -> Iterator[list[None]]:
+    """Commands run in the test process here, whose allocator must stay as it was for tests that measure memory."""
+    calls: list[None] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "keep_freed_memory", lambda: calls.append(None))
+        yield calls
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a table, its schema and store, a configuration, and a run of 20 steps; not to be written to."""
@@ -103,6 +114,10 @@ def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_training_keeps_freed_memory(made: Path, allocator_calls: list[None]) -> None:
+    assert allocator_calls
 
 
 def test_a_run_folder_holds_everything(made: Path) -> None:
