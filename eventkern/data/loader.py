@@ -149,6 +149,7 @@ class WindowGatherer:
         self._kept: list[Tensor | np.ndarray[Any, Any]] = []
         self._anchors = torch.from_numpy(anchors).to(device)
         streams = store.schema.streams
+        indexes = {entity: self._index_addresses(store.index(entity)) for entity in store.schema.entities}
         self._sources_shape = (len(streams), src_seq_len, len(store.schema.categories))
         self._targets_shape = (tgt_seq_len + 1, len(store.schema.categories))
         self._window_gather = _C.WindowGather(
@@ -156,11 +157,9 @@ class WindowGatherer:
             code_bytes=store.codes.itemsize,
             num_categories=len(store.schema.categories),
             cuts=self._address(np.array(store.sizes(id_category_size), dtype=np.int32)),
-            key=self._index_addresses(store.index(store.schema.key)),
+            key=indexes[store.schema.key],
             limits=self._address(limits),
-            streams=[
-                self._index_addresses(store.index(stream.entity)) if stream.entity else (0, 0, 0) for stream in streams
-            ],
+            streams=[indexes[stream.entity] if stream.entity else (0, 0, 0) for stream in streams],
             src_seq_len=src_seq_len,
             num_targets=tgt_seq_len + 1,
             out_bytes=4,

@@ -377,16 +377,14 @@ def _read_info(folder: Path) -> dict[str, Any]:
     try:
         info = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(f"{file}: damaged, not JSON ({error}); prepare the store again") from error
+        raise DataError(f"{file}: damaged, not JSON ({error}); {AGAIN}") from error
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         raise DataError(f"{file}: is not of an event store (key 'format'); make one with `eventkern prepare`")
     if info.get("format_version") != FORMAT_VERSION:
         version = info.get("format_version")
-        raise DataError(
-            f"{file}: key 'format_version' is {version}; this eventkern reads {FORMAT_VERSION}; prepare the store again"
-        )
+        raise DataError(f"{file}: key 'format_version' is {version}; this eventkern reads {FORMAT_VERSION}; {AGAIN}")
     needed = ("schema", "num_events", "split_row", "categories", "sections", "file_bytes", "checksum")
     for key in needed:
         if key not in info:
-            raise DataError(f"{file}: key {key!r} is missing: damaged; prepare the store again")
+            raise DataError(f"{file}: key {key!r} is missing: damaged; {AGAIN}")
     return info
