@@ -26,9 +26,12 @@ class Contender:
     is_ours: bool = False
     times_s: list[float] = field(default_factory=list)
     peak_bytes: float = float("nan")
+    is_part: bool = False
+    """A part of the work, timed alone: shown, and never the strongest peer."""
 
     def time_once(self, device: torch.device) -> None:
-        """Run once and keep the seconds."""
+        """Run once untimed, so that the caches are as a call of its own leaves them; then once more, timed."""
+        self.run()
         self.times_s.append(seconds(self.run, device))
 
 
@@ -112,7 +115,7 @@ def rotations(peers: list[Contender]) -> Iterator[list[Contender]]:
 
 def rows(contenders: list[Contender], work: Work, ceilings: Ceilings, dtype: torch.dtype) -> list[Row]:
     """The table of one case, the fastest first."""
-    peers = [contender for contender in contenders if not contender.is_ours]
+    peers = [contender for contender in contenders if not contender.is_ours and not contender.is_part]
     strongest = min(peers, key=lambda peer: statistics.median(peer.times_s), default=None)
     table = []
     for contender in contenders:

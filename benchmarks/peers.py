@@ -2,10 +2,16 @@
 
 EVENT_TRANSFORMER: build(model) takes an eventkern.models.EventTransformer and gives a module that maps a batch to the
 same (H,) losses, with a copy of its weights and nothing else of it.
+
+MULTI_EMBEDDING: build(weight, table_sizes) shares the packed weight and gives a module that maps prepare(ids), with ids
+(N, C), to the same (N, D) sums.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +26,7 @@ class Peer:
     """A way to do the same work without eventkern."""
 
     name: str
-    build: Callable[[EventTransformer], nn.Module]
+    build: Callable[..., Any]
     is_slow_to_start: bool = False
     """Needs seconds before its first result (a compiler), so it runs under `--full` only."""
 
@@ -141,4 +147,96 @@ def compiled(model: EventTransformer) -> nn.Module:
 EVENT_TRANSFORMER = (
     Peer("plain torch", PlainEventTransformer),
     Peer("plain torch, compiled", compiled, is_slow_to_start=True),
+)
+
+
+class TableLoop(nn.Module):
+    """One F.embedding a table, as plain model code has it."""
+
+    def __init__(self, weight: Tensor, table_sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.tables = nn.ParameterList(nn.Parameter(table) for table in weight.split(table_sizes))
+
+    def prepare(self, ids: Tensor) -> Tensor:
+        return ids
+
+    def forward(self, ids: Tensor) -> Tensor:
+        total = torch.zeros((), device=ids.device)
+        for column, table in enumerate(self.tables):
+            rows = F.embedding(ids[:, column], table)
+            total = total + rows if column else rows
+        return total
+
+
+class PackedTable(nn.Module):
+    """All tables in one weight, ids moved to their tables' rows: F.embedding and a sum, or F.embedding_bag."""
+
+    first_rows: Tensor
+
+    def __init__(self, weight: Tensor, table_sizes: tuple[int, ...], *, is_bag: bool, is_offset_before: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.is_bag = is_bag
+        self.is_offset_before = is_offset_before
+        sizes = torch.tensor(table_sizes, device=weight.device)
+        self.register_buffer("first_rows", sizes.cumsum(0) - sizes)
+
+    def prepare(self, ids: Tensor) -> Tensor:
+        return ids + self.first_rows.to(ids.dtype) if self.is_offset_before else ids
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = ids if self.is_offset_before else ids + self.first_rows.to(ids.dtype)
+        if self.is_bag:
+            return F.embedding_bag(rows, self.weight, mode="sum")
+        return F.embedding(rows, self.weight).sum(1)
+
+
+class FbgemmTables(nn.Module):
+    """FBGEMM's table-batched embedding with dense gradients, which concatenates, and a sum over the tables."""
+
+    def __init__(self, weight: Tensor, table_sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
+            from fbgemm_gpu.split_table_batched_embeddings_ops_training import DenseTableBatchedEmbeddingBagsCodegen
+        self.num_tables, self.dim = len(table_sizes), weight.shape[1]
+        specs = [(size, self.dim) for size in table_sizes]
+        self.tables = DenseTableBatchedEmbeddingBagsCodegen(
+            specs, pooling_mode=PoolingMode.SUM, use_cpu=weight.device.type == "cpu"
+        )
+        self.tables.weights = nn.Parameter(weight.flatten())
+
+    def prepare(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return ids.long().t().flatten(), torch.arange(ids.numel() + 1, device=ids.device)
+
+    def forward(self, prepared: tuple[Tensor, Tensor]) -> Tensor:
+        return self.tables(*prepared).view(-1, self.num_tables, self.dim).sum(1)
+
+
+def has_fbgemm() -> bool:
+    """Whether FBGEMM is here and loads beside this torch."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import fbgemm_gpu
+    except (ImportError, OSError):
+        return False
+    return fbgemm_gpu is not None
+
+
+def compiled_loop(weight: Tensor, table_sizes: tuple[int, ...]) -> nn.Module:
+    """The loop over tables under torch.compile."""
+    loop = TableLoop(weight, table_sizes)
+    loop.compile(dynamic=False)
+    return loop
+
+
+MULTI_EMBEDDING = (
+    Peer("F.embedding_bag, packed", partial(PackedTable, is_bag=True, is_offset_before=False)),
+    Peer("F.embedding_bag, packed, ids offset before", partial(PackedTable, is_bag=True, is_offset_before=True)),
+    Peer("F.embedding, packed", partial(PackedTable, is_bag=False, is_offset_before=False)),
+    Peer("F.embedding, loop", TableLoop),
+    Peer("F.embedding, loop compiled", compiled_loop, is_slow_to_start=True),
+    *((Peer("FBGEMM dense TBE", FbgemmTables),) if has_fbgemm() else ()),
 )

@@ -11,7 +11,7 @@ from benchmarks.environment import hardware_slug
 from benchmarks.measure import Row
 from profiling.roofline import Work
 
-HEADINGS = ("case", "contender", "ms", "IQR ms", "events/s", "x best peer", "% of ceiling", "bound", "peak MiB")
+HEADINGS = ("case", "contender", "ms", "IQR ms", "events/s", "GB/s", "x best peer", "% of ceiling", "bound", "peak MiB")
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ def cells(case: Case, row: Row) -> tuple[str, ...]:
         f"{row.median_s * 1e3:.3g}" if row.median_s < 1 else f"{row.median_s * 1e3:.0f}",
         f"{row.spread_s * 1e3:.2g}",
         f"{case.work.events / row.median_s:,.0f}" if case.work.events else "",
+        f"{(case.work.bytes + case.work.cache_bytes) / row.median_s / 1e9:.1f}",
         f"{row.ratio:.2f}" if row.ratio is not None else "",
         f"{100 * row.ceiling_share:.0f}",
         row.bound,

@@ -34,6 +34,23 @@ def copy_bandwidth(device: str | torch.device = "cpu", *, budget_s: float = 0.5)
     return 2 * source.nbytes / fastest_s(lambda: target.copy_(source), device, budget_s=budget_s)
 
 
+def read_bandwidth(num_bytes: int, device: str | torch.device = "cpu", *, budget_s: float = 0.2) -> float:
+    """Bandwidth of reading the same memory again and again, from whichever cache it fits: bytes / seconds.
+
+    Args:
+        num_bytes: size of what is read; on the CPU every thread reads a part of its own of that size.
+        device: where it lies.
+        budget_s: seconds to spend on repeats, beyond the three that are always made.
+
+    Returns:
+        Bytes per second of the fastest repeat, all threads together.
+    """
+    device = torch.device(device)
+    num_parts = torch.get_num_threads() if device.type == "cpu" else 1
+    source = torch.ones(num_parts * max(num_bytes // 4, 1), device=device)
+    return source.nbytes / fastest_s(source.sum, device, budget_s=budget_s)
+
+
 def gemm_rate(
     device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, *, budget_s: float = 0.5
 ) -> float:

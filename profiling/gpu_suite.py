@@ -2,8 +2,9 @@
 
     python -m profiling.gpu_suite [--out benchmarks/results] [--minutes 9] [--wheels FOLDER] [--commit HASH] [--dry-run]
 
-builds the extension for the card at hand, runs the tests marked `gpu`, the GPU benchmarks, a trace and the roofline,
-each as a process of its own under its own time limit. What fails or runs out of time is recorded, and the rest goes on.
+builds the extension for the card at hand, runs the tests marked `gpu` or `triton`, the GPU benchmarks, a trace
+and the roofline, each as a process of its own under its own time limit. What fails or runs out of time is recorded, and
+the rest goes on.
 Writes gpu_suite_<card>_<yyyymmdd>.{json,md}. Exit status: 0 all passed, 1 something did not, 3 no GPU.
 """
 
@@ -64,7 +65,7 @@ def parts(out: Path, *, architecture: str, wheels: Path | None = None, site: Pat
     return [
         *listed,
         Part("build", (*pip, *build), 180),
-        Part("tests", (*pytest, "-q", "-m", "gpu"), 240),
+        Part("tests", (*pytest, "-q", "-m", "gpu or triton"), 240),
         Part("benchmarks", bench, 240),
         Part("trace", (*python, *trace), 60),
         Part("roofline", (*python, "profiling.roofline"), 30),

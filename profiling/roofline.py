@@ -15,20 +15,31 @@ from eventkern import hardware
 
 @dataclass(frozen=True)
 class Work:
-    """What work needs whatever the code, counted from shapes: each input read once, each output written once."""
+    """What work needs whatever the code, counted from shapes: each input read once, each output written once.
+
+    Args:
+        operations: floating-point operations of matrix products.
+        bytes: to and from memory.
+        events: handled by the work, for a rate.
+        cache_bytes: read and written again and again, in a working set of cache_size bytes that fits a cache.
+        cache_size: of that working set.
+    """
 
     operations: float
     bytes: float
     events: int = 0
+    cache_bytes: float = 0.0
+    cache_size: int = 0
 
 
 @dataclass
 class Ceilings:
-    """Copy bandwidth and matrix-product rates of one device, each measured when first asked for and then kept."""
+    """Bandwidths and matrix-product rates of one device, each measured when first asked for and then kept."""
 
     device: torch.device
     measured_bandwidth: float | None = None
     measured_rates: dict[torch.dtype, float] = field(default_factory=dict)
+    measured_reads: dict[int, float] = field(default_factory=dict)
 
     def bandwidth(self) -> float:
         """Bytes per second of a large copy, read and written."""
@@ -42,19 +53,36 @@ class Ceilings:
             self.measured_rates[dtype] = hardware.gemm_rate(self.device, dtype)
         return self.measured_rates[dtype]
 
+    def read_bandwidth(self, size: int) -> float:
+        """Bytes per second of reading `size` bytes again and again."""
+        if size not in self.measured_reads:
+            self.measured_reads[size] = hardware.read_bandwidth(size, self.device)
+        return self.measured_reads[size]
+
+    def times_s(self, work: Work, dtype: torch.dtype) -> dict[str, float]:
+        """Seconds that the work takes at each ceiling that bounds it: "copy", "gemm", "cache"."""
+        times = {"copy": work.bytes / self.bandwidth()}
+        if work.operations:
+            times["gemm"] = work.operations / self.rate(dtype)
+        if work.cache_bytes:
+            times["cache"] = work.cache_bytes / self.read_bandwidth(work.cache_size)
+        return times
+
     def floor_s(self, work: Work, dtype: torch.dtype) -> float:
-        """Seconds below which no version can go: the larger of bytes over bandwidth and operations over rate."""
-        return max(work.bytes / self.bandwidth(), work.operations / self.rate(dtype))
+        """Seconds below which no version can go: the largest of the times at the ceilings."""
+        return max(self.times_s(work, dtype).values())
 
     def bound(self, work: Work, dtype: torch.dtype) -> str:
-        """Which ceiling the floor comes from: "copy" or "gemm"."""
-        return "copy" if work.bytes / self.bandwidth() > work.operations / self.rate(dtype) else "gemm"
+        """Which ceiling the floor comes from."""
+        times = self.times_s(work, dtype)
+        return max(times, key=times.__getitem__)
 
     def to_dict(self) -> dict[str, object]:
         """What has been measured so far, for a results file."""
         return {
             "device": str(self.device),
             "copy_bytes_per_s": self.measured_bandwidth,
+            "read_bytes_per_s": {str(size): rate for size, rate in self.measured_reads.items()},
             "gemm_flops_per_s": {
                 str(dtype).removeprefix("torch."): rate for dtype, rate in self.measured_rates.items()
             },

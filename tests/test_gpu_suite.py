@@ -77,7 +77,7 @@ def test_the_parts_build_for_the_card_and_write_into_the_folder(tmp_path: Path) 
     assert "cmake.define.CMAKE_CUDA_ARCHITECTURES=80-real" in listed["build"].command
     assert str(tmp_path / "some.whl") in listed["wheels"].command
     assert listed["benchmarks"].command[-2:] == ("--results-dir", str(tmp_path))
-    assert "gpu" in listed["tests"].command
+    assert "gpu or triton" in listed["tests"].command
     assert all("--no-index" in listed[name].command for name in ("wheels", "build"))
     assert "wheels" not in [part.name for part in parts(tmp_path, architecture="80")]
 

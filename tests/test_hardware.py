@@ -49,6 +49,19 @@ def test_copy_counts_bytes_read_and_written(monkeypatch: pytest.MonkeyPatch) -> 
     assert hardware.copy_bandwidth() == 2 * (1 << 20) / 0.5
 
 
+def test_reads_count_the_part_of_every_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    summed: list[float] = []
+
+    def timed(work, device, budget_s):
+        summed.append(work().item())
+        return 0.5
+
+    monkeypatch.setattr(hardware, "fastest_s", timed)
+    num_threads = torch.get_num_threads()
+    assert hardware.read_bandwidth(4096) == num_threads * 4096 / 0.5
+    assert summed == [num_threads * 1024]
+
+
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gemm_counts_a_multiply_and_an_add_each(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:

@@ -33,6 +33,26 @@ def test_ratios_are_taken_round_by_round_against_the_strongest_peer() -> None:
     assert [row.is_ours for row in table] == [True, False, False]
 
 
+def test_a_part_of_the_work_is_shown_and_is_no_peer() -> None:
+    part = Contender("a part", lambda: None, is_part=True, times_s=[0.5, 0.5])
+    table = rows(
+        [contender("ours", 1.0, 1.0, is_ours=True), contender("peer", 2.0, 2.0), part],
+        Work(100.0, 10.0),
+        CEILINGS,
+        torch.float32,
+    )
+    assert {row.contender: row.ratio for row in table} == {"a part": 4.0, "ours": 2.0, "peer": 1.0}
+
+
+def test_a_timed_call_follows_an_untimed_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count(10.0, 2.5)
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    called: list[int] = []
+    warm = Contender("warm", lambda: called.append(1))
+    warm.time_once(CPU)
+    assert (called, warm.times_s) == ([1, 1], [2.5])
+
+
 def test_a_row_holds_median_spread_and_share_of_the_ceiling() -> None:
     (row,) = rows(
         [contender("ours", 4.0, 1.0, 2.0, 3.0, 5.0, is_ours=True)], Work(1000.0, 150.0), CEILINGS, torch.float32

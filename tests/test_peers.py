@@ -6,9 +6,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.peers import EVENT_TRANSFORMER, PlainEventTransformer
+from benchmarks.peers import EVENT_TRANSFORMER, MULTI_EMBEDDING, PlainEventTransformer
 from benchmarks.training import Shapes, TrainingStep, forward_operations, random_batch, step_work
 from eventkern.models import EventTransformer, EventTransformerConfig
+from eventkern.ops import multi_embedding
 
 SHAPES = Shapes(
     EventTransformerConfig(
@@ -137,6 +138,25 @@ def test_the_shipped_configurations_give_their_shapes(name: str, width: int, cla
     assert shapes.model.category_sizes == (classes,) * 17
     assert shapes.model.num_streams == 3
     assert shapes.num_events == shapes.batch_size * shapes.model.tgt_seq_len
+
+
+@pytest.mark.filterwarnings("ignore:fbgemm:UserWarning")
+@pytest.mark.parametrize("peer", [peer for peer in MULTI_EMBEDDING if not peer.is_slow_to_start], ids=lambda p: p.name)
+def test_every_peer_of_the_embedding_gives_its_values_and_gradients(peer) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = (3, 50, 7)
+    ids = torch.stack([torch.randint(size, (40,), generator=generator) for size in sizes], -1)
+    weight = torch.randn(60, 8, generator=generator)
+    upstream = torch.randn(40, 8, generator=generator)
+    module = peer.build(weight, sizes)
+    output = module(module.prepare(ids))
+    output.backward(upstream)
+    leaf = weight.clone().requires_grad_()
+    expected = multi_embedding(ids, leaf, sizes)
+    expected.backward(upstream)
+    torch.testing.assert_close(output, expected)
+    gradient = torch.cat([parameter.grad.flatten() for parameter in module.parameters()])
+    torch.testing.assert_close(gradient, leaf.grad.flatten())
 
 
 def test_the_compiled_peer_says_that_it_starts_slowly() -> None:
