@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "gather.h"
+#include "multi_embedding.h"
 #include "parallel.h"
 #include "permutation.h"
 
@@ -34,6 +35,29 @@ WindowGather for_batch(WindowGather gather, uintptr_t anchors, int64_t batch_siz
   gather.targets = pointer<void>(targets);
   return gather;
 }
+
+// A call of multi_embedding with the first rows that it points to.
+struct EmbeddingCall {
+  std::vector<int64_t> first_rows;
+  MultiEmbedding call;
+
+  EmbeddingCall(uintptr_t ids, int id_bytes, const std::array<int64_t, 2>& id_strides, int64_t num_events,
+                const std::vector<int64_t>& table_sizes, int64_t dim, int mode, int float_type, int num_threads)
+      : first_rows{0} {
+    for (const int64_t size : table_sizes) first_rows.push_back(first_rows.back() + size);
+    call = {pointer<const void>(ids),
+            id_bytes,
+            id_strides[0],
+            id_strides[1],
+            num_events,
+            static_cast<int>(table_sizes.size()),
+            first_rows.data(),
+            dim,
+            static_cast<EmbeddingMode>(mode),
+            static_cast<FloatType>(float_type),
+            num_threads};
+  }
+};
 
 }  // namespace
 
@@ -114,6 +138,27 @@ PYBIND11_MODULE(_C, module) {
       },
       py::kw_only(), py::arg("codes"), py::arg("code_bytes"), py::arg("num_categories"), py::arg("rows"),
       py::arg("count"), py::arg("out"), py::arg("out_bytes"));
+
+  module.def("multi_embedding_cpu", [](uintptr_t ids, int id_bytes, const std::array<int64_t, 2>& id_strides,
+                                       int64_t num_events, const std::vector<int64_t>& table_sizes, int64_t dim,
+                                       int mode, int float_type, int num_threads, uintptr_t weight,
+                                       int64_t weight_stride, uintptr_t out) {
+    py::gil_scoped_release release;
+    const EmbeddingCall embedding(ids, id_bytes, id_strides, num_events, table_sizes, dim, mode, float_type,
+                                  num_threads);
+    return multi_embedding_cpu(embedding.call, pointer<const void>(weight), weight_stride, pointer<void>(out));
+  });
+
+  module.def("multi_embedding_backward_cpu",
+             [](uintptr_t ids, int id_bytes, const std::array<int64_t, 2>& id_strides, int64_t num_events,
+                const std::vector<int64_t>& table_sizes, int64_t dim, int mode, int float_type, int num_threads,
+                uintptr_t out_grad, int64_t out_grad_stride, uintptr_t weight_grad) {
+               py::gil_scoped_release release;
+               const EmbeddingCall embedding(ids, id_bytes, id_strides, num_events, table_sizes, dim, mode, float_type,
+                                             num_threads);
+               multi_embedding_backward_cpu(embedding.call, pointer<const void>(out_grad), out_grad_stride,
+                                            pointer<void>(weight_grad));
+             });
 
 #ifdef EVENTKERN_CUDA
   module.def(

@@ -1,5 +1,7 @@
 """The C++/CUDA extension: addresses and sizes in, no checks. Its callers check shapes, dtypes and ranges."""
 
+from collections.abc import Sequence
+
 has_cuda: bool
 max_permutation_size: int
 max_streams: int
@@ -10,6 +12,36 @@ def permutation_cuda(
 ) -> None: ...
 def gather_rows_cpu(
     *, codes: int, code_bytes: int, num_categories: int, rows: int, count: int, out: int, out_bytes: int
+) -> None: ...
+def multi_embedding_cpu(
+    ids: int,
+    id_bytes: int,
+    id_strides: tuple[int, int],
+    num_events: int,
+    table_sizes: Sequence[int],
+    dim: int,
+    mode: int,
+    float_type: int,
+    num_threads: int,
+    weight: int,
+    weight_stride: int,
+    out: int,
+    /,
+) -> int: ...
+def multi_embedding_backward_cpu(
+    ids: int,
+    id_bytes: int,
+    id_strides: tuple[int, int],
+    num_events: int,
+    table_sizes: Sequence[int],
+    dim: int,
+    mode: int,
+    float_type: int,
+    num_threads: int,
+    out_grad: int,
+    out_grad_stride: int,
+    weight_grad: int,
+    /,
 ) -> None: ...
 
 class WindowGather:

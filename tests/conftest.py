@@ -1,5 +1,6 @@
 """What every test needs: one thread, poisoned fresh memory, the accuracy judge, and no GPU test where there is none."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +10,18 @@ from torch import Tensor
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        skip = pytest.mark.skip(reason="needs a CUDA device, and there is none")
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(skip)
+    if torch.cuda.is_available():
+        return
+    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device, and there is none")
+    no_interpreter = pytest.mark.skip(
+        reason="needs a CUDA device, or TRITON_INTERPRET=1: see tests/test_interpreter.py"
+    )
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(no_gpu)
+        if item.get_closest_marker("triton") and not is_interpreted:
+            item.add_marker(no_interpreter)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -35,6 +43,12 @@ def _poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
             return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
 
     monkeypatch.setattr(torch, "empty", poisoned_empty)
+
+
+@pytest.fixture
+def triton_device() -> torch.device:
+    """Where the tests marked `triton` keep their tensors: a GPU, or the CPU for Triton's interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture

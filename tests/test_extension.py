@@ -13,6 +13,8 @@ from eventkern import _C
 FOREIGN = re.compile(r"lib(torch|c10|cudart|cuda|cublas|nvrtc)")
 # permutation.h: eight rounds of two 32-bit products each, in every clone of the loop that calls it.
 MULTIPLIES_PER_PERMUTATION = 16
+# multi_embedding.cpp: sums of 2 to 8 vectors forward and 2 to 4 backward, for two types of ids and three of weights.
+ADDS = 6 * (2 + 4 + 8 + 2 + 4)
 
 
 def output_of(tool: str, *arguments: str) -> str:
@@ -26,9 +28,9 @@ def needed_libraries(dynamic_section: str) -> list[str]:
     return re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic_section)
 
 
-def vector_multiplies(disassembly: str) -> Counter[str]:
-    """How many packed 32-bit products work on registers of each width."""
-    return Counter(re.findall(r"\bvpmulld\s.*%([xyz]mm)\d+\s*$", disassembly, re.MULTILINE))
+def vector_operations(disassembly: str, mnemonic: str) -> Counter[str]:
+    """How many operations of a kind work on registers of each width."""
+    return Counter(re.findall(rf"\b{mnemonic}\s.*%([xyz]mm)\d+\s*$", disassembly, re.MULTILINE))
 
 
 def test_the_extension_needs_no_torch_and_no_cuda() -> None:
@@ -38,12 +40,13 @@ def test_the_extension_needs_no_torch_and_no_cuda() -> None:
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="function multiversioning is for x86-64")
-def test_the_permutation_is_avx512_and_avx2_code() -> None:
+@pytest.mark.parametrize(("mnemonic", "fewest"), [("vpmulld", MULTIPLIES_PER_PERMUTATION), ("vaddps", ADDS)])
+def test_the_loops_are_avx512_and_avx2_code(mnemonic: str, fewest: int) -> None:
     if "GCC" not in output_of("readelf", "--string-dump=.comment"):
         pytest.skip("target_clones is used with gcc alone")
-    multiplies = vector_multiplies(output_of("objdump", "--disassemble", "--no-show-raw-insn"))
-    assert multiplies["zmm"] >= MULTIPLIES_PER_PERMUTATION, multiplies
-    assert multiplies["ymm"] >= MULTIPLIES_PER_PERMUTATION, multiplies
+    operations = vector_operations(output_of("objdump", "--disassemble", "--no-show-raw-insn"), mnemonic)
+    assert operations["zmm"] >= fewest, operations
+    assert operations["ymm"] >= fewest, operations
 
 
 def test_the_readers_see_what_they_look_for() -> None:
@@ -52,9 +55,8 @@ def test_the_readers_see_what_they_look_for() -> None:
     ]
     assert FOREIGN.match("libtorch_cpu.so")
     assert FOREIGN.match("libcudart.so.13")
-    assert vector_multiplies(
-        "  1: vpmulld %zmm1,%zmm2,%zmm3\n  2: vpmulld (%rax),%ymm1,%ymm2\n  3: vmovd %xmm0,%eax\n"
-    ) == {
+    disassembly = "  1: vpmulld %zmm1,%zmm2,%zmm3\n  2: vpmulld (%rax),%ymm1,%ymm2\n  3: vmovd %xmm0,%eax\n"
+    assert vector_operations(disassembly, "vpmulld") == {
         "zmm": 1,
         "ymm": 1,
     }

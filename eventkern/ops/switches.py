@@ -1,25 +1,30 @@
-"""What every op reads: the dtypes that kernels serve, and the process-wide switches."""
+"""What every op reads: the library it is defined in, the dtypes that kernels serve, and the process-wide switches."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
+LIBRARY = torch.library.Library("eventkern", "FRAGMENT")
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""In the order of the extension's FloatType."""
 
-_reference_depth = 0
-_check_depth = 0
+_is_reference_forced = False
+_is_check_forced = False
 
 
 @contextmanager
 def use_reference() -> Iterator[None]:
-    """Route every op to its plain-torch reference inside the block, on every device: for studies and debugging."""
-    global _reference_depth
-    _reference_depth += 1
+    """Route every op to its plain-torch reference inside the block, on every device: for studies and debugging.
+
+    For the whole process, compiled code too (which compiles once more for it). A backward follows its forward.
+    """
+    global _is_reference_forced
+    outer, _is_reference_forced = _is_reference_forced, True
     try:
         yield
     finally:
-        _reference_depth -= 1
+        _is_reference_forced = outer
 
 
 @contextmanager
@@ -29,17 +34,22 @@ def check_inputs() -> Iterator[None]:
     The CPU always checks. On a GPU the check waits for the device, so it is off unless asked for: there an id or target
     out of range makes its row NaN instead.
     """
-    global _check_depth
-    _check_depth += 1
+    global _is_check_forced
+    outer, _is_check_forced = _is_check_forced, True
     try:
         yield
     finally:
-        _check_depth -= 1
+        _is_check_forced = outer
 
 
 def is_reference_forced() -> bool:
-    return _reference_depth > 0
+    return _is_reference_forced
 
 
 def is_check_forced() -> bool:
-    return _check_depth > 0
+    return _is_check_forced
+
+
+def has_kernel(device: torch.device) -> bool:
+    """Whether ops have kernels for a device; "meta" stands for those of a traced or compiled model."""
+    return device.type in ("cpu", "cuda", "meta")
