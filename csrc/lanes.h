@@ -26,6 +26,8 @@ struct Columns {
   Lanes high;
 };
 
+enum class FloatType : int { kFloat32, kBfloat16, kFloat16 };
+
 struct Bfloat16 {
   uint16_t bits;
 };
@@ -33,6 +35,19 @@ struct Bfloat16 {
 struct Float16 {
   uint16_t bits;
 };
+
+// function.operator()<Scalar>() with the C++ type of a FloatType.
+template <typename Function>
+auto with_float_type(FloatType type, Function function) {
+  switch (type) {
+    case FloatType::kBfloat16:
+      return function.template operator()<Bfloat16>();
+    case FloatType::kFloat16:
+      return function.template operator()<Float16>();
+    default:
+      return function.template operator()<float>();
+  }
+}
 
 EVENTKERN_INLINE LaneBits bits_of(Lanes lanes) {
   LaneBits bits;
@@ -63,8 +78,7 @@ EVENTKERN_INLINE Lanes widen_float16(LaneBits words) {
 // infinity included.
 EVENTKERN_INLINE LaneBits narrow(Lanes lanes, Bfloat16) {
   const LaneBits bits = bits_of(lanes);
-  const LaneBits rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  return (bits & 0x7FFFFFFFu) > 0x7F800000u ? (bits >> 16) | 0x40u : rounded;
+  return (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
 }
 
 // To nearest, ties to even. Below 2^-14 the sum with 1/2 rounds at float16's subnormal step.
@@ -117,6 +131,12 @@ EVENTKERN_INLINE Columns load_some(const Scalar* source, int64_t count) {
   Scalar padded[kColumns] = {};
   std::memcpy(padded, source, count * sizeof(Scalar));
   return load(padded);
+}
+
+// The lane of a Columns, low ones first, that holds a column.
+template <typename Scalar>
+constexpr int lane_of(int column) {
+  return std::is_same_v<Scalar, float> ? column : column / 2 + column % 2 * kLanes;
 }
 
 template <typename Scalar>

@@ -5,10 +5,13 @@
 
 #include <array>
 #include <stdexcept>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "gather.h"
 #include "multi_embedding.h"
+#include "multi_head_cross_entropy.h"
 #include "parallel.h"
 #include "permutation.h"
 
@@ -56,6 +59,23 @@ struct EmbeddingCall {
             static_cast<EmbeddingMode>(mode),
             static_cast<FloatType>(float_type),
             num_threads};
+  }
+};
+
+// Targets with the first classes that they point to. (data, bytes of one, row stride, head stride, rows) come as one
+// tuple, because every call names them all.
+struct TargetsCall {
+  std::vector<int64_t> first_classes;
+  Targets targets;
+
+  TargetsCall(const std::tuple<uintptr_t, int, int64_t, int64_t, int64_t>& labels,
+              const std::vector<int64_t>& head_sizes, int64_t ignore_index)
+      : first_classes{0} {
+    for (const int64_t size : head_sizes) first_classes.push_back(first_classes.back() + size);
+    const auto [data, num_bytes, row_stride, head_stride, num_rows] = labels;
+    targets = {
+        pointer<const void>(data), num_bytes,   row_stride, head_stride, num_rows, static_cast<int>(head_sizes.size()),
+        first_classes.data(),      ignore_index};
   }
 };
 
@@ -159,6 +179,41 @@ PYBIND11_MODULE(_C, module) {
                multi_embedding_backward_cpu(embedding.call, pointer<const void>(out_grad), out_grad_stride,
                                             pointer<void>(weight_grad));
              });
+
+  module.def("count_targets", [](const std::tuple<uintptr_t, int, int64_t, int64_t, int64_t>& labels,
+                                 const std::vector<int64_t>& head_sizes, int64_t ignore_index) {
+    const TargetsCall call(labels, head_sizes, ignore_index);
+    std::vector<int64_t> counts(head_sizes.size());
+    const int64_t position = count_targets(call.targets, counts.data());
+    return std::pair(position, counts);
+  });
+
+  module.def("cross_entropy_cpu",
+             [](const std::tuple<uintptr_t, int, int64_t, int64_t, int64_t>& labels,
+                const std::vector<int64_t>& head_sizes, int64_t ignore_index, uintptr_t logits, uintptr_t bias,
+                int float_type, float label_smoothing, float z_loss, uintptr_t scales, int64_t scales_row_stride,
+                uintptr_t losses, int64_t losses_row_stride, uintptr_t totals, int num_threads) {
+               py::gil_scoped_release release;
+               const TargetsCall call(labels, head_sizes, ignore_index);
+               const CrossEntropy options{pointer<void>(logits),
+                                          pointer<const void>(bias),
+                                          static_cast<FloatType>(float_type),
+                                          label_smoothing,
+                                          z_loss,
+                                          pointer<const float>(scales),
+                                          scales_row_stride,
+                                          pointer<float>(losses),
+                                          losses_row_stride,
+                                          num_threads};
+               cross_entropy_cpu(call.targets, options, pointer<double>(totals));
+             });
+
+  module.def("add_rows_cpu", [](uintptr_t matrix, int float_type, int64_t num_rows, int64_t num_columns, uintptr_t sums,
+                                int num_threads) {
+    py::gil_scoped_release release;
+    add_rows_cpu(pointer<const void>(matrix), static_cast<FloatType>(float_type), num_rows, num_columns,
+                 pointer<float>(sums), num_threads);
+  });
 
 #ifdef EVENTKERN_CUDA
   module.def(

@@ -27,10 +27,6 @@ constexpr int64_t kGrainBytes = 1 << 20;        // nor do fewer bytes to fill
 
 int64_t padded(int64_t width) { return (width + kColumns - 1) / kColumns * kColumns; }
 
-int parts_for(int64_t size, int64_t grain, int num_threads) {
-  return static_cast<int>(std::clamp<int64_t>(size / grain, 1, allowed_threads(num_threads)));
-}
-
 // Into the first-level cache (kLevel 3) or the second (2).
 template <int kLevel>
 EVENTKERN_INLINE void prefetch(const void* address, int64_t num_bytes) {
@@ -466,18 +462,10 @@ void backward(const MultiEmbedding& call, const Scalar* out_grad, int64_t out_gr
 
 template <typename Function>
 auto with_types(const MultiEmbedding& call, Function function) {
-  const auto with_id = [&]<typename Scalar>() {
+  return with_float_type(call.type, [&]<typename Scalar>() {
     return call.id_bytes == 4 ? function.template operator()<int32_t, Scalar>()
                               : function.template operator()<int64_t, Scalar>();
-  };
-  switch (call.type) {
-    case FloatType::kBfloat16:
-      return with_id.template operator()<Bfloat16>();
-    case FloatType::kFloat16:
-      return with_id.template operator()<Float16>();
-    default:
-      return with_id.template operator()<float>();
-  }
+  });
 }
 
 }  // namespace

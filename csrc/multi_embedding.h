@@ -3,9 +3,10 @@
 
 #include <cstdint>
 
+#include "lanes.h"
+
 namespace eventkern {
 
-enum class FloatType : int { kFloat32, kBfloat16, kFloat16 };
 enum class EmbeddingMode : int { kSum, kMean, kConcat };
 
 // What forward and backward share. Strides count elements; the packed weight's row first_rows[c] is table c's first.

@@ -26,6 +26,11 @@ inline void watch_forks() {
 // Threads that a region may open here, of those asked for.
 inline int allowed_threads(int num_threads) { return is_forked_child ? 1 : std::max(num_threads, 1); }
 
+// Parts to split work of `size` into, none smaller than `grain` but a single one.
+inline int parts_for(int64_t size, int64_t grain, int num_threads) {
+  return static_cast<int>(std::clamp<int64_t>(size / grain, 1, allowed_threads(num_threads)));
+}
+
 struct Range {
   int64_t begin;
   int64_t end;

@@ -43,6 +43,29 @@ def multi_embedding_backward_cpu(
     weight_grad: int,
     /,
 ) -> None: ...
+def count_targets(
+    labels: tuple[int, int, int, int, int], head_sizes: Sequence[int], ignore_index: int, /
+) -> tuple[int, list[int]]: ...
+def cross_entropy_cpu(
+    labels: tuple[int, int, int, int, int],
+    head_sizes: Sequence[int],
+    ignore_index: int,
+    logits: int,
+    bias: int,
+    float_type: int,
+    label_smoothing: float,
+    z_loss: float,
+    scales: int,
+    scales_row_stride: int,
+    losses: int,
+    losses_row_stride: int,
+    totals: int,
+    num_threads: int,
+    /,
+) -> None: ...
+def add_rows_cpu(
+    matrix: int, float_type: int, num_rows: int, num_columns: int, sums: int, num_threads: int, /
+) -> None: ...
 
 class WindowGather:
     def __init__(

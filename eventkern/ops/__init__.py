@@ -9,7 +9,5 @@ __all__ = ["check_inputs", "implementations", "multi_embedding", "multi_head_cro
 
 def implementations() -> dict[str, dict[str, str]]:
     """Which implementation serves each op on each device type: {op: {device type: name}}."""
-    return {
-        "multi_embedding": {"cpu": "C++", "cuda": "Triton", "mps": "reference"},
-        "multi_head_cross_entropy": dict.fromkeys(("cpu", "cuda", "mps"), "reference"),
-    }
+    served = {"cpu": "C++", "cuda": "Triton", "mps": "reference"}
+    return {"multi_embedding": served, "multi_head_cross_entropy": served}

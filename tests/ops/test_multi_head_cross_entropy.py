@@ -1,12 +1,16 @@
 """multi_head_cross_entropy against float64 formulas, its gradients, options, errors, and torch.compile."""
 
+import itertools
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eventkern.ops import check_inputs, multi_head_cross_entropy, use_reference
-from eventkern.ops.multi_head_cross_entropy import reference
+from benchmarks.measure import peak_extra_bytes
+from eventkern.ops import check_inputs, implementations, multi_head_cross_entropy, use_reference
+from eventkern.ops.multi_head_cross_entropy import cpu, reference
 
 MIXED_SIZES = (1, 2, 3, 17, 60, 1000)
 IGNORED = -100
@@ -40,11 +44,22 @@ def eager_loop(hidden, weight, bias, targets, sizes, label_smoothing, z_loss):
     return torch.stack(losses, -1)
 
 
+@pytest.fixture(params=["one tile", "many tiles"])
+def _tiles(request, monkeypatch):
+    """Tiles as they come, or of few rows and few heads."""
+    if request.param == "many tiles":
+        monkeypatch.setattr(cpu, "TILE_BYTES", 50_000)
+        monkeypatch.setattr(cpu, "FEWEST_ROWS", 7)
+        monkeypatch.setattr(cpu, "TILE_CLASSES", 19)
+
+
+@pytest.mark.usefixtures("_tiles")
 @pytest.mark.parametrize(("label_smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.01), (0.1, 0.01)])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_even", [False, True], ids=["uneven", "even"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_values_and_gradients_match_the_float64_formula(
-    dtype, reduction, label_smoothing, z_loss, generator, assert_accurate
+    dtype, is_even, reduction, label_smoothing, z_loss, generator, assert_accurate
 ):
     rows, dim = 127, 33
     targets = make_targets(rows, MIXED_SIZES, generator)
@@ -54,6 +69,7 @@ def test_values_and_gradients_match_the_float64_formula(
         torch.randn(sum(MIXED_SIZES), generator=generator).to(dtype),
     ]
     upstream = torch.randn(rows if reduction == "none" else 1, len(MIXED_SIZES), generator=generator)
+    upstream = torch.full_like(upstream, 3.0) if is_even else upstream
     results = []
     for run_dtype, function in ((dtype, None), (dtype, eager_loop), (torch.float64, formula)):
         hidden, weight, bias = leaves = [tensor.to(run_dtype, copy=True).requires_grad_() for tensor in inputs]
@@ -130,13 +146,116 @@ def test_leading_shapes_and_strides(dtype, generator):
     torch.testing.assert_close(single, expected[0])
 
 
-def test_frozen_inputs_get_no_gradient_and_free_ones_do(generator):
+@pytest.mark.parametrize("free", list(itertools.product([False, True], repeat=3)), ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_frozen_inputs_get_no_gradient_and_free_ones_do(free, reduction, generator):
     targets = make_targets(20, (4, 5), generator)
-    hidden = torch.randn(20, 8, generator=generator)
-    weight = torch.randn(9, 8, generator=generator).requires_grad_()
-    multi_head_cross_entropy(hidden, weight, targets, (4, 5)).sum().backward()
-    assert hidden.grad is None
-    assert weight.grad.abs().sum() > 0
+    shapes = ((20, 8), (9, 8), (9,))
+    inputs = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    losses = multi_head_cross_entropy(inputs[0], inputs[1], targets, (4, 5), bias=inputs[2], reduction=reduction)
+    all_gradients = torch.autograd.grad(losses.sum(), inputs)
+    partly = [tensor.detach().requires_grad_(is_free) for tensor, is_free in zip(inputs, free, strict=True)]
+    losses = multi_head_cross_entropy(partly[0], partly[1], targets, (4, 5), bias=partly[2], reduction=reduction)
+    assert losses.requires_grad == any(free)
+    if any(free):
+        losses.sum().backward()
+    for tensor, is_free, expected in zip(partly, free, all_gradients, strict=True):
+        assert tensor.grad.equal(expected) if is_free else tensor.grad is None
+
+
+def test_every_head_size_has_its_loss_and_gradient(generator, assert_accurate):
+    sizes = (2, 3, 17, 60, 1000, 4097, 50257)
+    hidden = torch.randn(31, 16, generator=generator)
+    weight = torch.randn(sum(sizes), 16, generator=generator) * 0.3
+    targets = make_targets(31, sizes, generator)
+    results = []
+    for dtype, function in ((torch.float32, None), (torch.float32, eager_loop), (torch.float64, formula)):
+        leaves = [hidden.to(dtype, copy=True).requires_grad_(), weight.to(dtype, copy=True).requires_grad_()]
+        if function is None:
+            losses = multi_head_cross_entropy(*leaves, targets, sizes, reduction="none")
+        else:
+            losses = function(*leaves, torch.zeros(sum(sizes), dtype=dtype), targets, sizes, 0.0, 0.0)
+        losses.sum().backward()
+        results.append((losses.detach(), *(leaf.grad for leaf in leaves)))
+    for actual, same_dtype, truth in zip(*results, strict=True):
+        assert_accurate(actual, same_dtype, truth)
+
+
+def test_the_exponential_is_exact_to_float32_rounding():
+    logits = torch.linspace(-110.0, 0.0, 100_001)
+    weight = torch.tensor([[1.0], [0.0]])
+    hidden = logits[:, None].clone().requires_grad_()
+    targets = torch.ones(len(logits), 1, dtype=torch.int64)
+    losses = multi_head_cross_entropy(hidden, weight, targets, (2,), reduction="none")
+    losses.sum().backward()
+    probability = logits.double().sigmoid()
+    is_normal = probability > 2.0**-125  # below, the exponential is 0
+    error = (hidden.grad[:, 0].double() - probability)[is_normal] / probability[is_normal]
+    assert error.abs().max() < 3 * torch.finfo(torch.float32).eps
+    assert hidden.grad[~is_normal].abs().max() < 2.0**-124
+    torch.testing.assert_close(losses[:, 0].double(), logits.double().exp().log1p(), rtol=0, atol=1.2e-7)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_in_its_row(value, generator):
+    hidden = torch.randn(5, 4, generator=generator)
+    hidden[2, 1] = value
+    hidden.requires_grad_()
+    weight = torch.randn(1007, 4, generator=generator)
+    targets = torch.zeros(5, 2, dtype=torch.int64)
+    losses = multi_head_cross_entropy(hidden, weight, targets, (7, 1000), reduction="none")
+    losses.sum().backward()
+    assert losses.isfinite().all(1).tolist() == [True, True, False, True, True]
+    assert hidden.grad.isfinite().all(1).tolist() == [True, True, False, True, True]
+
+
+def test_masked_logits_have_no_probability(generator):
+    bias = torch.zeros(6)
+    bias[4:] = -torch.inf
+    hidden = torch.randn(9, 3, generator=generator)
+    weight = torch.randn(6, 3, generator=generator).requires_grad_()
+    targets = torch.randint(4, (9, 1), generator=generator)
+    losses = multi_head_cross_entropy(hidden, weight, targets, (6,), bias=bias)
+    losses.sum().backward()
+    expected = F.cross_entropy(hidden @ weight.detach()[:4].t(), targets[:, 0])
+    torch.testing.assert_close(losses[0], expected)
+    assert weight.grad[4:].count_nonzero() == 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")
+@pytest.mark.parametrize("is_even", [True, False], ids=["even", "uneven"])
+def test_memory_beyond_inputs_and_gradients_is_bounded(is_even, generator):
+    sizes, rows, dim = (1000,) * 17, 6000, 8
+    hidden = torch.randn(rows, dim, generator=generator).requires_grad_()
+    weight = torch.randn(sum(sizes), dim, generator=generator).requires_grad_()
+    targets = make_targets(rows, sizes, generator)
+    upstream = torch.ones(17) if is_even else torch.arange(17.0)
+
+    def step():
+        losses = multi_head_cross_entropy(hidden, weight, targets, sizes)
+        return torch.autograd.grad(losses, (hidden, weight), upstream)
+
+    step()
+    logits_bytes = 4 * rows * sum(sizes)
+    gradients_bytes = 2 * 4 * (hidden.numel() + weight.numel())  # those of the forward, and those of the backward
+    bound = cpu.TILE_BYTES + 2 * gradients_bytes + (8 << 20)
+    assert bound < logits_bytes / 10
+    assert peak_extra_bytes(step, torch.device("cpu")) < bound
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_classes", "itemsize", "expected"),
+    [(16_384, 1000, 4, 2048), (2_400, 1000, 4, 1200), (2_048, 50_257, 4, 256), (8_192, 250_000, 4, 67), (1, 5, 4, 1)],
+)
+def test_tiles_are_of_one_height_and_bounded(num_rows, num_classes, itemsize, expected):
+    height = cpu.rows_per_tile(num_rows, num_classes, itemsize)
+    assert height == expected
+    assert height * num_classes * itemsize <= cpu.MOST_TILE_BYTES
+
+
+def test_neighbouring_heads_share_a_tile_until_it_is_wide():
+    groups = list(cpu.head_groups([2, 7, 60, 1000, 17, 5000, 3]))
+    assert [(heads.start, heads.stop) for heads in groups] == [(0, 4), (4, 6), (6, 7)]
 
 
 def test_autocast_computes_the_product_in_its_dtype(generator):
@@ -201,32 +320,68 @@ def test_gradcheck_of_the_reference(reduction, generator):
     assert torch.autograd.gradcheck(losses, leaves)
 
 
-def test_compiled_equals_eager_and_repeats_bitwise(generator):
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_opcheck(reduction, generator):
+    sizes = (3, 50, 7)
+    targets = make_targets(33, sizes, generator)
+    leaves = [torch.randn(shape, generator=generator).requires_grad_() for shape in ((33, 16), (60, 16), (60,))]
+    options = (list(sizes), IGNORED, 0.1, 0.01, reduction, [True, True, True])
+    torch.library.opcheck(torch.ops.eventkern.multi_head_cross_entropy.default, (*leaves, targets, *options, False))
+    outputs = torch.ops.eventkern.multi_head_cross_entropy(*leaves, targets, *options, False)
+    grad, *saved = (output.detach() for output in outputs)
+    inputs = (grad, *(leaf.detach() for leaf in leaves), targets, *saved)
+    torch.library.opcheck(torch.ops.eventkern.multi_head_cross_entropy_backward.default, (*inputs, *options))
+
+
+def test_compiled_equals_eager_and_does_not_compile_again_for_more_rows(generator):
     sizes = (3, 50, 7)
     weight = torch.randn(sum(sizes), 16, generator=generator)
+    compilations = []
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        return torch._inductor.compile(graph, inputs)
+
+    def compute(hidden, weight, targets):
+        return multi_head_cross_entropy(hidden, weight, targets, sizes)
 
     def run(function, hidden, targets):
         leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
-        losses = function(*leaves, targets, sizes)
+        losses = function(*leaves, targets)
         losses.square().sum().backward()
         return losses.detach(), *(leaf.grad for leaf in leaves)
 
     torch.compiler.reset()
-    compiled = torch.compile(multi_head_cross_entropy, fullgraph=True, dynamic=True)
-    for rows in (5, 64):
+    compiled = torch.compile(compute, fullgraph=True, dynamic=True, backend=backend)
+    run(compiled, torch.randn(9, 16, generator=generator), make_targets(9, sizes, generator))
+    num_compilations = len(compilations)  # dynamo takes a second run at a graph with floats in it
+    for rows in (5, 64, 200):
         hidden, targets = torch.randn(rows, 16, generator=generator), make_targets(rows, sizes, generator)
-        eager, again = run(multi_head_cross_entropy, hidden, targets), run(multi_head_cross_entropy, hidden, targets)
+        eager, again = run(compute, hidden, targets), run(compute, hidden, targets)
         for value, repeated, lowered in zip(eager, again, run(compiled, hidden, targets), strict=True):
             assert value.equal(repeated)
-            torch.testing.assert_close(lowered, value, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(lowered, value, rtol=1e-6, atol=1e-7)
+    assert len(compilations) == num_compilations > 0
+    targets[3, 2] = 7
+    with pytest.raises(IndexError, match="head 2 has 7 classes"):
+        compiled(hidden, weight, targets)
 
 
-def test_the_reference_route_gives_the_same_values(generator):
+def test_the_reference_route_gives_the_same_values(generator, monkeypatch):
     hidden, weight = torch.randn(20, 8, generator=generator), torch.randn(9, 8, generator=generator)
     targets = make_targets(20, (4, 5), generator)
+    calls = []
+    real = reference.multi_head_cross_entropy
+    monkeypatch.setattr(reference, "multi_head_cross_entropy", lambda *args: calls.append(args) or real(*args))
+    expected = multi_head_cross_entropy(hidden, weight, targets, (4, 5))
+    assert not calls
     with use_reference():
         by_reference = multi_head_cross_entropy(hidden, weight, targets, (4, 5))
-    torch.testing.assert_close(multi_head_cross_entropy(hidden, weight, targets, (4, 5)), by_reference)
+        with pytest.raises(IndexError, match="head 1 has 5 classes"):
+            multi_head_cross_entropy(hidden, weight, torch.full((20, 2), 5).clamp(max=torch.tensor([3, 5])), (4, 5))
+    assert len(calls) == 1
+    torch.testing.assert_close(by_reference, expected)
+    assert implementations()["multi_head_cross_entropy"] == {"cpu": "C++", "cuda": "Triton", "mps": "reference"}
 
 
 @pytest.mark.gpu
@@ -242,3 +397,42 @@ def test_on_cuda_values_match_and_bad_targets_are_nan(generator):
     assert losses.isnan().nonzero().tolist() == [[7, 3]]
     with check_inputs(), pytest.raises(IndexError, match=r"targets\[\.\.\., 3\] holds 17"):
         multi_head_cross_entropy(*arguments)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_replays_with_new_targets(generator):
+    sizes = (3, 50, 4097)
+    hidden = torch.randn(999, 64, generator=generator).cuda().requires_grad_()
+    weight = torch.randn(sum(sizes), 64, generator=generator).cuda().requires_grad_()
+    targets = make_targets(999, sizes, generator).cuda()
+
+    def run():
+        losses = multi_head_cross_entropy(hidden, weight, targets, sizes)
+        return losses, *torch.autograd.grad(losses.sum(), (hidden, weight))
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    targets.copy_(make_targets(999, sizes, generator))
+    graph.replay()
+    for replayed, eager in zip(captured, run(), strict=True):
+        assert replayed.equal(eager)
+
+
+@pytest.mark.gpu
+def test_more_than_2_to_the_31_logits_in_little_memory():
+    rows, num_classes = 2**17, 2**14 + 5
+    hidden = torch.zeros(rows, 16, dtype=torch.bfloat16, device="cuda").requires_grad_()
+    weight = torch.zeros(num_classes, 16, dtype=torch.bfloat16, device="cuda").requires_grad_()
+    targets = torch.full((rows, 1), num_classes - 1, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    losses = multi_head_cross_entropy(hidden, weight, targets, (num_classes,), reduction="none")
+    losses.mean().backward()
+    assert torch.cuda.max_memory_allocated() - before < 0.02 * 2 * rows * num_classes
+    torch.testing.assert_close(losses[-1].item(), torch.tensor(float(num_classes)).log().item())
+    assert hidden.grad.count_nonzero() == 0

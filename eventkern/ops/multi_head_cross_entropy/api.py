@@ -1,14 +1,194 @@
 """The multi-head cross-entropy: hidden states to the losses of H heads of different sizes."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from eventkern.ops.multi_head_cross_entropy import reference
-from eventkern.ops.switches import FLOAT_DTYPES, is_check_forced
+from eventkern.ops.multi_head_cross_entropy import cpu, reference
+from eventkern.ops.switches import FLOAT_DTYPES, LIBRARY, has_kernel, is_check_forced, is_reference_forced
 
 _REDUCTIONS = ("mean", "sum", "none")
+
+# The forward also gives what a backward needs. On the CPU these are the gradients themselves, made on the assumption
+# that all heads get one upstream gradient, times _headroom(); on CUDA log_sum_exp. The rest is empty.
+LIBRARY.define(
+    "multi_head_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int[] head_sizes, "
+    "int ignore_index, float label_smoothing, float z_loss, str reduction, bool[] needs, bool check) "
+    "-> (Tensor losses, Tensor log_sum_exp, Tensor hidden_grad, Tensor weight_grad, Tensor bias_grad)"
+)
+LIBRARY.define(
+    "multi_head_cross_entropy_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, "
+    "Tensor log_sum_exp, Tensor hidden_grad, Tensor weight_grad, Tensor bias_grad, int[] head_sizes, "
+    "int ignore_index, float label_smoothing, float z_loss, str reduction, bool[] needs) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _headroom(num_rows: int, reduction: str) -> float:
+    """A power of two that keeps the gradients of a mean over rows in float16's range; exact to divide by."""
+    return float(1 << num_rows.bit_length()) if reduction == "mean" else 1.0
+
+
+def _rows(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1, targets.shape[-1])
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+
+
+def _forward_cpu(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head_sizes: list[int], ignore_index: int,
+    label_smoothing: float, z_loss: float, reduction: str, needs: list[bool], check: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    rows, labels = _rows(hidden, targets)
+    problem = cpu.Problem(rows, weight, bias, labels, head_sizes, ignore_index, label_smoothing, z_loss)
+    position, kept = problem.count()
+    if position >= 0:
+        row, head = divmod(position, len(head_sizes))
+        raise _outside(labels, row, head, head_sizes)
+    counts = torch.tensor(kept, dtype=torch.float64).clamp(min=1)
+    scales = None
+    if any(needs) and reduction != "none":
+        scales = (
+            torch.ones(len(head_sizes)) if reduction == "sum" else (_headroom(len(rows), reduction) / counts).float()
+        )
+    needed = (needs[0], needs[1], needs[2]) if scales is not None else (False, False, False)
+    result = cpu.run(problem, scales, needed, keeps_losses=reduction == "none")
+    if result.losses is not None:
+        losses = result.losses.view(targets.shape)
+    else:
+        losses = (result.totals / counts if reduction == "mean" else result.totals).float()
+    nothing = _empty_like(hidden)
+    gradients = (nothing.clone() if gradient is None else gradient for gradient in result.gradients)
+    return losses, torch.empty(0), *gradients
+
+
+def _backward_cpu(
+    grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, log_sum_exp: Tensor,
+    hidden_grad: Tensor, weight_grad: Tensor, bias_grad: Tensor, head_sizes: list[int], ignore_index: int,
+    label_smoothing: float, z_loss: float, reduction: str, needs: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    rows, labels = _rows(hidden, targets)
+    headroom = _headroom(len(rows), reduction)
+    made: tuple[Tensor | None, ...] = (hidden_grad, weight_grad, bias_grad)
+    factor = 1.0 / headroom
+    if reduction != "none" and bool((grad == grad[0]).all()):
+        factor *= grad[0].item()
+    else:
+        problem = cpu.Problem(rows, weight, bias, labels, head_sizes, ignore_index, label_smoothing, z_loss)
+        scales = grad.float()
+        if reduction == "none":
+            scales = scales.reshape(labels.shape)
+        elif reduction == "mean":
+            scales = (scales * (headroom / torch.tensor(problem.count()[1], dtype=torch.float64).clamp(min=1))).float()
+        made = cpu.run(problem, scales, (needs[0], needs[1], needs[2])).gradients
+    gradients = [_empty_like(hidden) if gradient is None else gradient * factor for gradient in made]
+    if needs[0]:
+        gradients[0] = gradients[0].view(hidden.shape)
+    return tuple(gradients)
+
+
+def _forward_cuda(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head_sizes: list[int], ignore_index: int,
+    label_smoothing: float, z_loss: float, reduction: str, needs: list[bool], check: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    from eventkern.ops.multi_head_cross_entropy import triton
+
+    rows, labels = _rows(hidden, targets)
+    if check:
+        _check_range(labels, head_sizes, ignore_index)
+    losses, log_sum_exp = triton.multi_head_cross_entropy(
+        _with_unit_stride(rows), _with_unit_stride(weight), bias if bias is None else bias.contiguous(), labels,
+        tuple(head_sizes), ignore_index, label_smoothing, z_loss,
+    )  # fmt: skip
+    if reduction == "none":
+        reduced = losses.view(targets.shape)
+    else:
+        reduced = losses.sum(0)
+        reduced = reduced / _counts(labels, ignore_index) if reduction == "mean" else reduced
+    return reduced, log_sum_exp, _empty_like(hidden), _empty_like(hidden), _empty_like(hidden)
+
+
+def _backward_cuda(
+    grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, log_sum_exp: Tensor,
+    hidden_grad: Tensor, weight_grad: Tensor, bias_grad: Tensor, head_sizes: list[int], ignore_index: int,
+    label_smoothing: float, z_loss: float, reduction: str, needs: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    from eventkern.ops.multi_head_cross_entropy import triton
+
+    rows, labels = _rows(hidden, targets)
+    grad = grad.float()
+    if reduction == "mean":
+        grad = grad / _counts(labels, ignore_index)
+    grad_losses = grad.reshape(labels.shape) if reduction == "none" else grad.expand(labels.shape)
+    made = triton.multi_head_cross_entropy_backward(
+        grad_losses, _with_unit_stride(rows), _with_unit_stride(weight), bias if bias is None else bias.contiguous(),
+        labels, log_sum_exp, tuple(head_sizes), ignore_index, label_smoothing, z_loss, (needs[0], needs[1], needs[2]),
+    )  # fmt: skip
+    gradients = [_empty_like(hidden) if gradient is None else gradient for gradient in made]
+    if needs[0]:
+        gradients[0] = gradients[0].view(hidden.shape)
+    return tuple(gradients)
+
+
+def _with_unit_stride(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _counts(labels: Tensor, ignore_index: int) -> Tensor:
+    return (labels != ignore_index).sum(0).clamp(min=1)
+
+
+def _fake_forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head_sizes: list[int], ignore_index: int,
+    label_smoothing: float, z_loss: float, reduction: str, needs: list[bool], check: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    num_heads, num_rows = len(head_sizes), targets.numel() // len(head_sizes)
+    losses = hidden.new_empty(targets.shape if reduction == "none" else (num_heads,), dtype=torch.float32)
+    if hidden.device.type == "cuda":
+        log_sum_exp = hidden.new_empty((num_rows, num_heads), dtype=torch.float32)
+        return losses, log_sum_exp, hidden.new_empty(0), hidden.new_empty(0), hidden.new_empty(0)
+    shapes = ((num_rows, hidden.shape[-1]), weight.shape, weight.shape[:1])
+    is_made = reduction != "none"
+    gradients = (hidden.new_empty(shape if is_made and need else 0) for shape, need in zip(shapes, needs, strict=True))
+    return losses, hidden.new_empty(0, dtype=torch.float32), *gradients
+
+
+def _fake_backward(
+    grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, log_sum_exp: Tensor,
+    hidden_grad: Tensor, weight_grad: Tensor, bias_grad: Tensor, head_sizes: list[int], ignore_index: int,
+    label_smoothing: float, z_loss: float, reduction: str, needs: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    return tuple(hidden.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, targets, *ctx.options, needs, _ = inputs
+    ctx.needs = needs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, bias, targets, *output[1:])
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * 11
+    if grad is None:
+        return nothing
+    gradients = torch.ops.eventkern.multi_head_cross_entropy_backward(grad, *ctx.saved_tensors, *ctx.options, ctx.needs)
+    of_hidden, of_weight, of_bias = (
+        gradient if need else None for gradient, need in zip(gradients, ctx.needs, strict=True)
+    )
+    return of_hidden, of_weight, of_bias, *nothing[3:]
+
+
+for _key, _forward, _backward in (("CPU", _forward_cpu, _backward_cpu), ("CUDA", _forward_cuda, _backward_cuda)):
+    LIBRARY.impl("multi_head_cross_entropy", _forward, _key)
+    LIBRARY.impl("multi_head_cross_entropy_backward", _backward, _key)
+torch.library.register_fake("eventkern::multi_head_cross_entropy", _fake_forward, lib=LIBRARY)
+torch.library.register_fake("eventkern::multi_head_cross_entropy_backward", _fake_backward, lib=LIBRARY)
+torch.library.register_autograd("eventkern::multi_head_cross_entropy", _differentiate, setup_context=_save, lib=LIBRARY)
 
 
 def multi_head_cross_entropy(
@@ -46,25 +226,41 @@ def multi_head_cross_entropy(
     Raises:
         TypeError: hidden, weight, bias or targets of another dtype.
         ValueError: shapes, devices or options that do not fit one another.
-        IndexError: a target outside its head, on the CPU or inside check_inputs(). Elsewhere, and in compiled code, its
-            loss is NaN.
+        IndexError: a target outside its head, on the CPU or inside check_inputs(). Elsewhere its loss is NaN.
 
     Numerics:
-        Log-sum-exp and sums over rows in float32. Deterministic on the CPU.
+        Products in hidden.dtype, everything after in float32, the derivative of a logit rounded once; sums over rows in
+        float64 on the CPU. Deterministic: the same bits each time on one device, for the same number of threads. All
+        logits never exist at once: beyond inputs and gradients a call holds at most 64 MiB of them on the CPU, or one
+        row of a head where that is more.
 
     Devices:
-        Any that torch serves (see eventkern.ops.implementations()).
+        C++ and torch's matrix product on the CPU, which makes the gradients in the forward pass; where the heads'
+        upstream gradients differ, and with "none", the backward computes logits again. Triton on CUDA, the reference
+        elsewhere. Only the gradients of hidden, weight and bias exist, and those have none of their own.
 
     Source:
-        Label smoothing: Szegedy et al., 2016, section 7. z-loss: Chowdhery et al., 2022 (PaLM), section 5.
+        Logits that never exist at once: Wijmans et al., 2024 (Cut Cross Entropy). Label smoothing: Szegedy et al.,
+        2016, section 7. z-loss: Chowdhery et al., 2022 (PaLM), section 5.
     """
     _check_arguments(hidden, weight, targets, head_sizes, bias)
     _check_options(label_smoothing, z_loss, reduction)
-    if not torch.compiler.is_compiling() and (targets.device.type == "cpu" or is_check_forced()):
-        _check_range(targets, head_sizes, ignore_index)
-    return reference.multi_head_cross_entropy(
-        hidden, weight, targets, tuple(head_sizes), bias, ignore_index, label_smoothing, z_loss, reduction
-    )
+    if is_reference_forced() or not has_kernel(hidden.device):
+        if not torch.compiler.is_compiling() and (targets.device.type == "cpu" or is_check_forced()):
+            _check_range(targets.reshape(-1, len(head_sizes)), head_sizes, ignore_index)
+        return reference.multi_head_cross_entropy(
+            hidden, weight, targets, tuple(head_sizes), bias, ignore_index, label_smoothing, z_loss, reduction
+        )
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    is_tracked = torch.is_grad_enabled()
+    needs = [tensor is not None and is_tracked and tensor.requires_grad for tensor in (hidden, weight, bias)]
+    losses, *_ = torch.ops.eventkern.multi_head_cross_entropy(
+        hidden, weight, bias, targets, head_sizes, ignore_index, label_smoothing, z_loss, reduction, needs,
+        is_check_forced(),
+    )  # fmt: skip
+    return losses
 
 
 def _check_arguments(
@@ -105,12 +301,16 @@ def _check_options(label_smoothing: float, z_loss: float, reduction: str) -> Non
         raise ValueError(f"reduction is {reduction!r}; want one of {', '.join(_REDUCTIONS)}")
 
 
-def _check_range(targets: Tensor, head_sizes: tuple[int, ...], ignore_index: int) -> None:
-    flat = targets.reshape(-1, len(head_sizes))
-    is_outside = (flat < 0) | (flat >= torch.tensor(head_sizes, device=targets.device))
-    is_wrong = is_outside & (flat != ignore_index)
+def _check_range(labels: Tensor, head_sizes: tuple[int, ...] | list[int], ignore_index: int) -> None:
+    """Raise for the first target of labels (N, H) that lies outside its head; waits for the device."""
+    is_outside = (labels < 0) | (labels >= torch.tensor(head_sizes, device=labels.device))
+    is_wrong = is_outside & (labels != ignore_index)
     if is_wrong.any():
         row, head = is_wrong.nonzero()[0].tolist()
-        raise IndexError(
-            f"targets[..., {head}] holds {int(flat[row, head])}, but head {head} has {head_sizes[head]} classes"
-        )
+        raise _outside(labels, row, head, head_sizes)
+
+
+def _outside(labels: Tensor, row: int, head: int, head_sizes: tuple[int, ...] | list[int]) -> IndexError:
+    return IndexError(
+        f"targets[..., {head}] holds {int(labels[row, head])}, but head {head} has {head_sizes[head]} classes"
+    )
