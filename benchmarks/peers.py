@@ -5,12 +5,16 @@ same (H,) losses, with a copy of its weights and nothing else of it.
 
 MULTI_EMBEDDING: build(weight, table_sizes) shares the packed weight and gives a module that maps prepare(ids), with ids
 (N, C), to the same (N, D) sums.
+
+MULTI_HEAD_CROSS_ENTROPY: build(weight, head_sizes) shares the packed weight and gives a module that maps hidden (N, D)
+and targets (N, H) to the same (H,) mean losses.
 """
 
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -225,11 +229,11 @@ def has_fbgemm() -> bool:
     return fbgemm_gpu is not None
 
 
-def compiled_loop(weight: Tensor, table_sizes: tuple[int, ...]) -> nn.Module:
-    """The loop over tables under torch.compile."""
-    loop = TableLoop(weight, table_sizes)
-    loop.compile(dynamic=False)
-    return loop
+def compiled_module(build: Callable[..., nn.Module], weight: Tensor, sizes: tuple[int, ...]) -> nn.Module:
+    """A peer under torch.compile."""
+    module = build(weight, sizes)
+    module.compile(dynamic=False)
+    return module
 
 
 MULTI_EMBEDDING = (
@@ -237,6 +241,83 @@ MULTI_EMBEDDING = (
     Peer("F.embedding_bag, packed, ids offset before", partial(PackedTable, is_bag=True, is_offset_before=True)),
     Peer("F.embedding, packed", partial(PackedTable, is_bag=False, is_offset_before=False)),
     Peer("F.embedding, loop", TableLoop),
-    Peer("F.embedding, loop compiled", compiled_loop, is_slow_to_start=True),
+    Peer("F.embedding, loop compiled", partial(compiled_module, TableLoop), is_slow_to_start=True),
     *((Peer("FBGEMM dense TBE", FbgemmTables),) if has_fbgemm() else ()),
 )
+
+
+class HeadLoop(nn.Module):
+    """One linear head and F.cross_entropy after another, as plain model code has it."""
+
+    def __init__(self, weight: Tensor, head_sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.heads = nn.ParameterList(nn.Parameter(head) for head in weight.split(head_sizes))
+
+    def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        losses = [F.cross_entropy(F.linear(hidden, head), targets[:, column]) for column, head in enumerate(self.heads)]
+        return torch.stack(losses)
+
+
+class OneProduct(nn.Module):
+    """All logits from one product with the packed weight, then F.cross_entropy on each head's part."""
+
+    def __init__(self, weight: Tensor, head_sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.head_sizes = head_sizes
+
+    def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        parts = F.linear(hidden, self.weight).split(self.head_sizes, 1)
+        return torch.stack([F.cross_entropy(part, targets[:, column]) for column, part in enumerate(parts)])
+
+
+class LinearCrossEntropyLoop(HeadLoop):
+    """torch's own fused F.linear_cross_entropy, head after head; chunked, or not (its reference path)."""
+
+    def __init__(self, weight: Tensor, head_sizes: tuple[int, ...], *, is_chunked: bool) -> None:
+        super().__init__(weight, head_sizes)
+        self.options = torch.nn.LinearCrossEntropyOptions() if is_chunked else None
+
+    def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        losses = [
+            F.linear_cross_entropy(hidden, head, targets[:, column], options=self.options)
+            for column, head in enumerate(self.heads)
+        ]
+        return torch.stack(losses)
+
+
+class LigerLoop(HeadLoop):
+    """Liger-Kernel's fused linear cross-entropy, head after head; for CUDA."""
+
+    def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as fused
+
+        losses = [fused(hidden, head, targets[:, column]) for column, head in enumerate(self.heads)]
+        return torch.stack(losses)
+
+
+class CutCrossEntropyLoop(HeadLoop):
+    """Apple's Cut Cross Entropy, head after head; for CUDA and 16-bit inputs."""
+
+    def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        from cut_cross_entropy import linear_cross_entropy
+
+        losses = [linear_cross_entropy(hidden, head, targets[:, column]) for column, head in enumerate(self.heads)]
+        return torch.stack(losses)
+
+
+MULTI_HEAD_CROSS_ENTROPY: tuple[Peer, ...] = (
+    Peer("F.cross_entropy, loop", HeadLoop),
+    Peer("F.cross_entropy, loop compiled", partial(compiled_module, HeadLoop), is_slow_to_start=True),
+    Peer("one product", OneProduct),
+    Peer("one product compiled", partial(compiled_module, OneProduct), is_slow_to_start=True),
+)
+if hasattr(F, "linear_cross_entropy"):
+    MULTI_HEAD_CROSS_ENTROPY += (
+        Peer("F.linear_cross_entropy, loop", partial(LinearCrossEntropyLoop, is_chunked=False)),
+        Peer("F.linear_cross_entropy, loop, chunked", partial(LinearCrossEntropyLoop, is_chunked=True)),
+    )
+if torch.cuda.is_available() and find_spec("liger_kernel"):
+    MULTI_HEAD_CROSS_ENTROPY += (Peer("Liger-Kernel, loop", LigerLoop),)
+if torch.cuda.is_available() and find_spec("cut_cross_entropy"):
+    MULTI_HEAD_CROSS_ENTROPY += (Peer("Cut Cross Entropy, loop", CutCrossEntropyLoop),)

@@ -6,10 +6,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.peers import EVENT_TRANSFORMER, MULTI_EMBEDDING, PlainEventTransformer
+from benchmarks.peers import EVENT_TRANSFORMER, MULTI_EMBEDDING, MULTI_HEAD_CROSS_ENTROPY, PlainEventTransformer
 from benchmarks.training import Shapes, TrainingStep, forward_operations, random_batch, step_work
 from eventkern.models import EventTransformer, EventTransformerConfig
-from eventkern.ops import multi_embedding
+from eventkern.ops import multi_embedding, multi_head_cross_entropy
 
 SHAPES = Shapes(
     EventTransformerConfig(
@@ -157,6 +157,27 @@ def test_every_peer_of_the_embedding_gives_its_values_and_gradients(peer) -> Non
     torch.testing.assert_close(output, expected)
     gradient = torch.cat([parameter.grad.flatten() for parameter in module.parameters()])
     torch.testing.assert_close(gradient, leaf.grad.flatten())
+
+
+@pytest.mark.parametrize(
+    "peer", [peer for peer in MULTI_HEAD_CROSS_ENTROPY if not peer.is_slow_to_start], ids=lambda p: p.name
+)
+def test_every_peer_of_the_cross_entropy_gives_its_losses_and_gradients(peer) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = (3, 50, 7)
+    targets = torch.stack([torch.randint(size, (40,), generator=generator) for size in sizes], -1)
+    weight = torch.randn(60, 8, generator=generator)
+    hidden = torch.randn(40, 8, generator=generator)
+    upstream = torch.randn(3, generator=generator)
+    results = []
+    for module in (peer.build(weight, sizes), None):
+        states, packed = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        losses = module(states, targets) if module else multi_head_cross_entropy(states, packed, targets, sizes)
+        losses.backward(upstream)
+        leaves = module.parameters() if module else [packed]
+        results.append([losses.detach(), states.grad, torch.cat([leaf.grad for leaf in leaves])])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_compiled_peer_says_that_it_starts_slowly() -> None:

@@ -226,11 +226,4 @@ class EventTransformer(nn.Module):
         """{"loss": (H,) nats, "top1": (H,) share}, each a mean over the batch's labels that are not padding."""
         states_BTD = self.decode(batch.targets[:, :-1], self.encode(batch.sources))
         labels_BTC = batch.targets[:, 1:]
-        num_labels = (labels_BTC != PADDING_CLASS).sum((0, 1)).clamp(min=1)
-        hits = [
-            (self.heads.logits(states_BTD, head).argmax(-1) == labels_BTC[..., head])
-            & (labels_BTC[..., head] != PADDING_CLASS)
-            for head in range(len(self.head_names))
-        ]
-        top1 = torch.stack([hit.sum() for hit in hits]) / num_labels
-        return {"loss": self.heads(states_BTD, labels_BTC), "top1": top1}
+        return {"loss": self.heads(states_BTD, labels_BTC), "top1": self.heads.accuracy(states_BTD, labels_BTC)}

@@ -1,6 +1,7 @@
 """EventTransformer: what each output depends on, its losses and metrics, its first loss, and torch.compile."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eventkern.models import EventTransformer, EventTransformerConfig
+from eventkern.ops import use_reference
 
 SIZES = (5, 40, 300)
 CONFIG = EventTransformerConfig(
@@ -200,3 +202,25 @@ def test_dropout_acts_in_training_alone(generator):
     assert not model(batch).equal(model(batch))
     model.eval()
     assert model(batch).equal(model(batch))
+
+
+def test_twenty_steps_have_the_losses_of_the_reference_ops(generator):
+    batches = [random_batch(CONFIG, generator) for _ in range(20)]
+    batches[3].targets[1, 3:] = 0
+    histories = []
+    for route in (nullcontext, use_reference):
+        torch.manual_seed(1)
+        model = EventTransformer(CONFIG)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        losses = []
+        with route():
+            for batch in batches:
+                loss = model(batch)
+                loss.sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(loss.detach())
+        histories.append(torch.stack(losses))
+    kernels, references = histories
+    torch.testing.assert_close(kernels, references, rtol=2e-6, atol=0)
+    assert (references[-1].sum() - references[0].sum()).abs() > 0.1
