@@ -77,7 +77,7 @@ def compare(request: pytest.FixtureRequest, benchmark: BenchmarkFixture, is_full
             contender.time_once(device)
             contender.times_s.clear()
         round_s = time.perf_counter() - start_s
-        budget_s = 20.0 if is_full else 4.0
+        budget_s = 10.0 if is_full else 4.0
         num_rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, round(budget_s / round_s)))
         turns = measure.rotations(peers)
 
