@@ -17,7 +17,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("config", ["cpu_baseline", "gpu_optimized"])
 @pytest.mark.parametrize("device_name", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_train_step(device_name: str, config: str, precision: str, compare: Compare, is_full: bool) -> None:
+def test_train_step(device_name: str, config: str, precision: str, compare: Compare, has_slow_starters: bool) -> None:
     device, dtype = torch.device(device_name), DTYPES[precision]
     shapes = Shapes.load(f"{config}.json")
     batch = random_batch(shapes, device)
@@ -25,7 +25,7 @@ def test_train_step(device_name: str, config: str, precision: str, compare: Comp
     model = EventTransformer(shapes.model).to(device)
     steps = {"eventkern": TrainingStep(copy.deepcopy(model), dtype)}
     for peer in EVENT_TRANSFORMER:
-        if is_full or not peer.is_slow_to_start:
+        if has_slow_starters or not peer.is_slow_to_start:
             steps[peer.name] = TrainingStep(peer.build(model), dtype)
 
     # A figure is worth nothing unless all compute the same: the first losses must agree before anything is timed.

@@ -33,6 +33,7 @@ MAX_ROUNDS = 100
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("eventkern benchmarks")
     group.addoption("--full", action="store_true", help="every size and every peer, slow starters too (default: quick)")
+    group.addoption("--fast-starters", action="store_true", help="with --full: leave out peers that compile first")
     group.addoption("--quick", action="store_false", dest="full", help="the default: small budgets, fast starters")
     group.addoption("--results-dir", type=Path, help="write <subject>_<hardware>_<yyyymmdd>.{json,md} into this folder")
 
@@ -53,6 +54,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def is_full(request: pytest.FixtureRequest) -> bool:
     """Whether `--full` was given."""
     return bool(request.config.getoption("full"))
+
+
+@pytest.fixture(scope="session")
+def has_slow_starters(request: pytest.FixtureRequest, is_full: bool) -> bool:
+    """Whether peers take part that need seconds before their first result."""
+    return is_full and not request.config.getoption("fast_starters")
 
 
 @pytest.fixture
