@@ -101,14 +101,15 @@ def test_multi_embedding(
     module = MultiEmbedding(sizes, dim).to(device, dtype)
     lookups = {"eventkern": Lookup(module, ids, upstream)}
     for peer in MULTI_EMBEDDING:
-        if has_slow_starters or not peer.is_slow_to_start:
+        is_served = dtype is torch.float32 or not peer.is_float32_only
+        if is_served and (has_slow_starters or not peer.is_slow_to_start):
             built = peer.build(module.weight.detach(), sizes)
             lookups[peer.name] = Lookup(built, built.prepare(ids), upstream)
 
-    # All must agree before any is timed; sums of tens of thousands of 16-bit gradients differ by their rounding.
+    # All must agree before any is timed. torch adds up 16-bit gradients in 16 bits, which is off by a tenth here.
     result = Lookup.gradient if is_backward else Lookup.forward
     expected = result(lookups["eventkern"])
-    tolerance = 1e-4 if dtype is torch.float32 else 2e-2
+    tolerance = 1e-4 if dtype is torch.float32 else 0.15 if is_backward else 1e-2
     for lookup in lookups.values():
         actual = result(lookup).view_as(expected)
         error = (actual - expected).float().norm() / expected.float().norm()

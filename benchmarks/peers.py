@@ -33,6 +33,7 @@ class Peer:
     build: Callable[..., Any]
     is_slow_to_start: bool = False
     """Needs seconds before its first result (a compiler), so it runs under `--full` only."""
+    is_float32_only: bool = False
 
 
 class PlainEventTransformer(nn.Module):
@@ -242,7 +243,7 @@ MULTI_EMBEDDING = (
     Peer("F.embedding, packed", partial(PackedTable, is_bag=False, is_offset_before=False)),
     Peer("F.embedding, loop", TableLoop),
     Peer("F.embedding, loop compiled", partial(compiled_module, TableLoop), is_slow_to_start=True),
-    *((Peer("FBGEMM dense TBE", FbgemmTables),) if has_fbgemm() else ()),
+    *((Peer("FBGEMM dense TBE", FbgemmTables, is_float32_only=True),) if has_fbgemm() else ()),
 )
 
 

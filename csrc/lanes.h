@@ -16,6 +16,9 @@ namespace eventkern {
 inline constexpr int kLanes = 16;
 inline constexpr int kColumns = 2 * kLanes;  // of a Columns
 
+// The whole Columns that `count` columns take.
+constexpr int64_t padded(int64_t count) { return (count + kColumns - 1) / kColumns * kColumns; }
+
 using Lanes = float __attribute__((vector_size(64)));
 using LaneBits = uint32_t __attribute__((vector_size(64)));
 
@@ -78,7 +81,8 @@ EVENTKERN_INLINE Lanes widen_float16(LaneBits words) {
 // infinity included.
 EVENTKERN_INLINE LaneBits narrow(Lanes lanes, Bfloat16) {
   const LaneBits bits = bits_of(lanes);
-  return (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  const LaneBits rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  return (bits & 0x7FFFFFFFu) > 0x7F800000u ? LaneBits{} + 0x7FC0u : rounded;
 }
 
 // To nearest, ties to even. Below 2^-14 the sum with 1/2 rounds at float16's subnormal step.

@@ -182,6 +182,7 @@ PYBIND11_MODULE(_C, module) {
 
   module.def("count_targets", [](const std::tuple<uintptr_t, int, int64_t, int64_t, int64_t>& labels,
                                  const std::vector<int64_t>& head_sizes, int64_t ignore_index) {
+    const py::gil_scoped_release release;
     const TargetsCall call(labels, head_sizes, ignore_index);
     std::vector<int64_t> counts(head_sizes.size());
     const int64_t position = count_targets(call.targets, counts.data());

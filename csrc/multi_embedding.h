@@ -35,4 +35,16 @@ int64_t multi_embedding_cpu(const MultiEmbedding& call, const void* weight, int6
 void multi_embedding_backward_cpu(const MultiEmbedding& call, const void* out_grad, int64_t out_grad_stride,
                                   void* weight_grad);
 
+inline constexpr int64_t kLargeTable = 4 << 20;  // bytes beyond which a table is not kept in any cache for long
+inline constexpr int64_t kGrainEvents = 256;     // fewer events than this do not pay for a second thread
+
+// function.operator()<Id, Scalar>() with the C++ types of a call's ids and weight.
+template <typename Function>
+auto with_types(const MultiEmbedding& call, Function function) {
+  return with_float_type(call.type, [&]<typename Scalar>() {
+    return call.id_bytes == 4 ? function.template operator()<int32_t, Scalar>()
+                              : function.template operator()<int64_t, Scalar>();
+  });
+}
+
 }  // namespace eventkern

@@ -122,13 +122,9 @@ EVENTKERN_INLINE void store_one(Scalar* target, float value) {
 }
 
 template <typename Id, typename Scalar>
-EVENTKERN_CLONES void cross_entropy_of_rows(const Targets& targets, const CrossEntropy& call, Range rows) {
+EVENTKERN_CLONES void cross_entropy_of_rows(const Targets& targets, const CrossEntropy& call, Range rows,
+                                            float* scratch) {
   const int64_t num_classes = targets.first_classes[targets.num_heads];
-  int64_t most_classes = 0;
-  for (int h = 0; h < targets.num_heads; ++h) {
-    most_classes = std::max(most_classes, targets.first_classes[h + 1] - targets.first_classes[h]);
-  }
-  std::vector<float> scratch(most_classes + kColumns);
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     Scalar* row_logits = static_cast<Scalar*>(call.logits) + row * num_classes;
     const Id* row_targets = static_cast<const Id*>(targets.data) + row * targets.row_stride;
@@ -138,24 +134,28 @@ EVENTKERN_CLONES void cross_entropy_of_rows(const Targets& targets, const CrossE
       Scalar* logits = row_logits + first;
       float& loss = call.losses[row * call.losses_row_stride + h];
       const int64_t target = row_targets[h * targets.head_stride];
-      if (target == targets.ignore_index) {
+      // count_targets() refuses targets outside their head; one that was overwritten since then adds nothing.
+      if (target == targets.ignore_index || static_cast<uint64_t>(target) >= static_cast<uint64_t>(size)) {
         loss = 0.0f;
         if (call.scales != nullptr) std::memset(static_cast<void*>(logits), 0, size * sizeof(Scalar));
         continue;
       }
       const Scalar* bias = call.bias != nullptr ? static_cast<const Scalar*>(call.bias) + first : nullptr;
-      const Head head = reduce(logits, bias, size, target, scratch.data());
-      const float log_sum_exp = std::isnan(head.sum) ? head.sum : head.largest + std::log(head.exp_sum);
+      const Head head = reduce(logits, bias, size, target, scratch);
+      const float log_exp_sum = std::isnan(head.sum) ? head.sum : std::log(head.exp_sum);
+      const float log_sum_exp = head.largest + log_exp_sum;
       const float smoothing = call.label_smoothing;
-      loss = log_sum_exp - (1.0f - smoothing) * head.target + call.z_loss * log_sum_exp * log_sum_exp;
-      if (smoothing != 0.0f) loss -= smoothing * (head.sum / static_cast<float>(size));
+      // Differences of logits first: what they have in common would cost the loss its digits.
+      loss = log_exp_sum + (1.0f - smoothing) * (head.largest - head.target);
+      if (smoothing != 0.0f) loss += smoothing * (head.largest - head.sum / static_cast<float>(size));
+      if (call.z_loss != 0.0f) loss += call.z_loss * log_sum_exp * log_sum_exp;
       if (call.scales == nullptr) continue;
       // The whole derivative is formed in float32 and rounded once.
       const float scale = call.scales[row * call.scales_row_stride + h];
       const float factor = scale * (1.0f + 2.0f * call.z_loss * log_sum_exp) / head.exp_sum;
       const float offset = scale * smoothing / static_cast<float>(size);
       const float power = exp_of_negative(head.target - head.largest);
-      write_gradient(scratch.data(), size, factor, offset, logits);
+      write_gradient(scratch, size, factor, offset, logits);
       store_one(logits + target, power * factor - offset - scale * (1.0f - smoothing));
     }
   }
@@ -206,12 +206,18 @@ int64_t count_targets(const Targets& targets, int64_t* counts) {
 void cross_entropy_cpu(const Targets& targets, const CrossEntropy& call, double* totals) {
   const int64_t num_logits = targets.num_rows * targets.first_classes[targets.num_heads];
   const int num_parts = parts_for(num_logits, kGrainClasses, call.num_threads);
+  int64_t scratch_size = 0;  // of the widest head; parts do not share a Columns
+  for (int h = 0; h < targets.num_heads; ++h) {
+    scratch_size = std::max(scratch_size, padded(targets.first_classes[h + 1] - targets.first_classes[h]) + kColumns);
+  }
+  std::vector<float> scratch(num_parts * scratch_size);
   with_float_type(call.type, [&]<typename Scalar>() {
 #pragma omp parallel for num_threads(num_parts) schedule(static, 1) if (num_parts > 1)
     for (int part = 0; part < num_parts; ++part) {
       const Range rows = split_range(targets.num_rows, 1, part, num_parts);
-      targets.num_bytes == 4 ? cross_entropy_of_rows<int32_t, Scalar>(targets, call, rows)
-                             : cross_entropy_of_rows<int64_t, Scalar>(targets, call, rows);
+      float* part_scratch = scratch.data() + part * scratch_size;
+      targets.num_bytes == 4 ? cross_entropy_of_rows<int32_t, Scalar>(targets, call, rows, part_scratch)
+                             : cross_entropy_of_rows<int64_t, Scalar>(targets, call, rows, part_scratch);
     }
   });
   for (int64_t row = 0; row < targets.num_rows; ++row) {

@@ -38,7 +38,7 @@ def read_bandwidth(num_bytes: int, device: str | torch.device = "cpu", *, budget
     """Bandwidth of reading the same memory again and again, from whichever cache it fits: bytes / seconds.
 
     Args:
-        num_bytes: size of what is read; on the CPU every thread reads a part of its own of that size.
+        num_bytes: size of what is read; on the CPU the threads share it out.
         device: where it lies.
         budget_s: seconds to spend on repeats, beyond the three that are always made.
 
@@ -46,8 +46,7 @@ def read_bandwidth(num_bytes: int, device: str | torch.device = "cpu", *, budget
         Bytes per second of the fastest repeat, all threads together.
     """
     device = torch.device(device)
-    num_parts = torch.get_num_threads() if device.type == "cpu" else 1
-    source = torch.ones(num_parts * max(num_bytes // 4, 1), device=device)
+    source = torch.ones(max(num_bytes // 4, 1), device=device)
     return source.nbytes / fastest_s(source.sum, device, budget_s=budget_s)
 
 

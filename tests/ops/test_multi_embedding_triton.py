@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from eventkern.ops import check_inputs, multi_embedding
 from eventkern.ops.multi_embedding import reference
 
 kernels = pytest.importorskip("eventkern.ops.multi_embedding.triton", reason="triton exists for Linux alone")
@@ -176,3 +177,62 @@ def test_a_repeat_run_is_bitwise_equal(path, triton_device, generator):
     upstream = torch.randn(rows, 16, generator=generator).to(triton_device)
     first, again = (kernels.multi_embedding_backward(upstream, ids, sizes, "mean") for _ in range(2))
     assert first.equal(again)
+
+
+@pytest.mark.gpu
+def test_on_cuda_values_match_and_bad_ids_are_nan(generator):
+    ids = make_ids(1000, MIXED_SIZES, generator)
+    weight = torch.randn(sum(MIXED_SIZES), 64, generator=generator)
+    output = multi_embedding(ids.cuda(), weight.cuda(), MIXED_SIZES)
+    torch.testing.assert_close(output.cpu(), multi_embedding(ids, weight, MIXED_SIZES))
+    ids[7, 3] = 17
+    assert multi_embedding(ids.cuda(), weight.cuda(), MIXED_SIZES).isnan().all(1).nonzero().flatten().tolist() == [7]
+    with check_inputs(), pytest.raises(IndexError, match=r"ids\[\.\.\., 3\] holds 17"):
+        multi_embedding(ids.cuda(), weight.cuda(), MIXED_SIZES)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_replays_with_new_ids(generator):
+    sizes = (3, 50, 4097)
+    weight = torch.randn(sum(sizes), 64, generator=generator).cuda().requires_grad_()
+    ids = make_ids(999, sizes, generator).cuda()
+
+    def run():
+        output = multi_embedding(ids, weight, sizes)
+        return output, torch.autograd.grad(output.square().sum(), weight)[0]
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    ids.copy_(make_ids(999, sizes, generator))
+    graph.replay()
+    for replayed, eager in zip(captured, run(), strict=True):
+        assert replayed.equal(eager)
+
+
+@pytest.mark.gpu
+def test_more_than_2_to_the_31_elements():
+    rows, dim = 2**25 + 3, 64
+    weight = torch.zeros(rows, dim, dtype=torch.bfloat16, device="cuda")
+    weight[-3:] = torch.arange(3.0, device="cuda")[:, None] + 1
+    weight.requires_grad_()
+    ids = torch.arange(rows - 3, rows, device="cuda")[:, None]
+    output = multi_embedding(ids, weight, (rows,))
+    assert output[:, 0].tolist() == [1.0, 2.0, 3.0]
+    output.backward(torch.ones_like(output))
+    assert weight.grad[-4:, 5].tolist() == [0.0, 1.0, 1.0, 1.0]
+    assert weight.grad.sum(dtype=torch.float64).item() == 3 * dim
+    del output, weight
+    torch.cuda.empty_cache()
+    many = torch.zeros(rows, 1, dtype=torch.int32, device="cuda")
+    many[-1] = 1
+    output = multi_embedding(
+        many, torch.tensor([[0.0], [1.0]], dtype=torch.bfloat16, device="cuda").expand(2, dim), (2,)
+    )
+    assert output.shape == (rows, dim)
+    assert output[-1].tolist() == [1.0] * dim
+    assert output.sum(dtype=torch.float64).item() == dim

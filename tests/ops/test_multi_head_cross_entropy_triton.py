@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eventkern.ops import check_inputs, multi_head_cross_entropy
+
 kernels = pytest.importorskip("eventkern.ops.multi_head_cross_entropy.triton", reason="triton exists for Linux alone")
 
 from eventkern.ops.multi_head_cross_entropy import triton_backward, triton_chunks, triton_tiles  # noqa: E402
@@ -237,3 +239,57 @@ def test_partial_results_stay_bounded():
 def test_tiles_pad_small_heads_little():
     assert triton_tiles.class_block((1000,) * 17, (128, 64)) == 128
     assert triton_tiles.class_block((4,) * 10 + (60,), (128, 64)) == 64
+
+
+@pytest.mark.gpu
+def test_on_cuda_values_match_and_bad_targets_are_nan(generator):
+    hidden, weight = torch.randn(500, 64, generator=generator), torch.randn(sum(MIXED_SIZES), 64, generator=generator)
+    targets = make_targets(500, MIXED_SIZES, generator)
+    losses = multi_head_cross_entropy(hidden.cuda(), weight.cuda(), targets.cuda(), MIXED_SIZES)
+    expected = multi_head_cross_entropy(hidden, weight, targets, MIXED_SIZES)
+    torch.testing.assert_close(losses.cpu(), expected, rtol=1e-4, atol=1e-4)
+    targets[7, 3] = 17
+    arguments = (hidden.cuda(), weight.cuda(), targets.cuda(), MIXED_SIZES)
+    losses = multi_head_cross_entropy(*arguments, reduction="none")
+    assert losses.isnan().nonzero().tolist() == [[7, 3]]
+    with check_inputs(), pytest.raises(IndexError, match=r"targets\[\.\.\., 3\] holds 17"):
+        multi_head_cross_entropy(*arguments)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_replays_with_new_targets(generator):
+    sizes = (3, 50, 4097)
+    hidden = torch.randn(999, 64, generator=generator).cuda().requires_grad_()
+    weight = torch.randn(sum(sizes), 64, generator=generator).cuda().requires_grad_()
+    targets = make_targets(999, sizes, generator).cuda()
+
+    def run():
+        losses = multi_head_cross_entropy(hidden, weight, targets, sizes)
+        return losses, *torch.autograd.grad(losses.sum(), (hidden, weight))
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    targets.copy_(make_targets(999, sizes, generator))
+    graph.replay()
+    for replayed, eager in zip(captured, run(), strict=True):
+        assert replayed.equal(eager)
+
+
+@pytest.mark.gpu
+def test_more_than_2_to_the_31_logits_in_little_memory():
+    rows, num_classes = 2**17, 2**14 + 5
+    hidden = torch.zeros(rows, 16, dtype=torch.bfloat16, device="cuda").requires_grad_()
+    weight = torch.zeros(num_classes, 16, dtype=torch.bfloat16, device="cuda").requires_grad_()
+    targets = torch.full((rows, 1), num_classes - 1, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    losses = multi_head_cross_entropy(hidden, weight, targets, (num_classes,), reduction="none")
+    losses.mean().backward()
+    assert torch.cuda.max_memory_allocated() - before < 0.02 * 2 * rows * num_classes
+    torch.testing.assert_close(losses[-1].item(), torch.tensor(float(num_classes)).log().item())
+    assert hidden.grad.count_nonzero() == 0

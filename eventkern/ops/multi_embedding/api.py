@@ -137,8 +137,9 @@ def multi_embedding(
     Raises:
         TypeError: ids or weight of another dtype.
         ValueError: shapes, devices or mode that do not fit one another.
-        IndexError: an id outside its table, on the CPU (before the row is read) or inside check_inputs(). Elsewhere the
-            output of its event is NaN, and memory outside the weight is never read.
+        IndexError: an id outside its table, on the CPU (before the row is read) or inside check_inputs(). Elsewhere,
+            and in code compiled under use_reference(), the output of its event is NaN; memory outside the weight is
+            never read.
 
     Numerics:
         Accumulates in float32, forward and backward, and rounds once; the gradient of weight is dense. Deterministic on
@@ -173,6 +174,8 @@ def _check_arguments(ids: Tensor, weight: Tensor, table_sizes: tuple[int, ...], 
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}; want ({sum(table_sizes)}, D), the rows of all tables"
         )
+    if weight.shape[1] == 0:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; want at least one column")
     if ids.device != weight.device:
         raise ValueError(f"ids is on {ids.device}, but weight on {weight.device}; want one device")
 

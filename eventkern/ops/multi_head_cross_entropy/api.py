@@ -11,7 +11,7 @@ from eventkern.ops.switches import FLOAT_DTYPES, LIBRARY, has_kernel, is_check_f
 _REDUCTIONS = ("mean", "sum", "none")
 
 # The forward also gives what a backward needs. On the CPU these are the gradients themselves, made on the assumption
-# that all heads get one upstream gradient, times _headroom(); on CUDA log_sum_exp. The rest is empty.
+# that all heads get one upstream gradient (see _makes_gradients); on CUDA log_sum_exp. The rest is empty.
 LIBRARY.define(
     "multi_head_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int[] head_sizes, "
     "int ignore_index, float label_smoothing, float z_loss, str reduction, bool[] needs, bool check) "
@@ -24,9 +24,10 @@ LIBRARY.define(
 )
 
 
-def _headroom(num_rows: int, reduction: str) -> float:
-    """A power of two that keeps the gradients of a mean over rows in float16's range; exact to divide by."""
-    return float(1 << num_rows.bit_length()) if reduction == "mean" else 1.0
+def _makes_gradients(dtype: torch.dtype, reduction: str) -> bool:
+    """Whether a CPU forward does: not where every row may get its own upstream gradient, and not in float16, whose
+    range needs the upstream gradient (a loss scale, a mean's 1 / N) inside the sums and not after them."""
+    return reduction != "none" and dtype != torch.float16
 
 
 def _rows(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,10 +50,8 @@ def _forward_cpu(
         raise _outside(labels, row, head, head_sizes)
     counts = torch.tensor(kept, dtype=torch.float64).clamp(min=1)
     scales = None
-    if any(needs) and reduction != "none":
-        scales = (
-            torch.ones(len(head_sizes)) if reduction == "sum" else (_headroom(len(rows), reduction) / counts).float()
-        )
+    if any(needs) and _makes_gradients(hidden.dtype, reduction):
+        scales = (1.0 / counts if reduction == "mean" else torch.ones_like(counts)).float()
     needed = (needs[0], needs[1], needs[2]) if scales is not None else (False, False, False)
     result = cpu.run(problem, scales, needed, keeps_losses=reduction == "none")
     if result.losses is not None:
@@ -61,7 +60,7 @@ def _forward_cpu(
         losses = (result.totals / counts if reduction == "mean" else result.totals).float()
     nothing = _empty_like(hidden)
     gradients = (nothing.clone() if gradient is None else gradient for gradient in result.gradients)
-    return losses, torch.empty(0), *gradients
+    return losses, torch.empty(0, dtype=torch.float32), *gradients
 
 
 def _backward_cpu(
@@ -70,18 +69,17 @@ def _backward_cpu(
     label_smoothing: float, z_loss: float, reduction: str, needs: list[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     rows, labels = _rows(hidden, targets)
-    headroom = _headroom(len(rows), reduction)
     made: tuple[Tensor | None, ...] = (hidden_grad, weight_grad, bias_grad)
-    factor = 1.0 / headroom
-    if reduction != "none" and bool((grad == grad[0]).all()):
-        factor *= grad[0].item()
+    factor = 1.0
+    if _makes_gradients(hidden.dtype, reduction) and bool((grad == grad[0]).all()):
+        factor = grad[0].item()
     else:
         problem = cpu.Problem(rows, weight, bias, labels, head_sizes, ignore_index, label_smoothing, z_loss)
         scales = grad.float()
         if reduction == "none":
             scales = scales.reshape(labels.shape)
         elif reduction == "mean":
-            scales = (scales * (headroom / torch.tensor(problem.count()[1], dtype=torch.float64).clamp(min=1))).float()
+            scales = scales / torch.tensor(problem.count()[1]).clamp(min=1)
         made = cpu.run(problem, scales, (needs[0], needs[1], needs[2])).gradients
     gradients = [_empty_like(hidden) if gradient is None else gradient * factor for gradient in made]
     if needs[0]:
@@ -137,7 +135,7 @@ def _with_unit_stride(matrix: Tensor) -> Tensor:
 
 
 def _counts(labels: Tensor, ignore_index: int) -> Tensor:
-    return (labels != ignore_index).sum(0).clamp(min=1)
+    return (labels.long() != ignore_index).sum(0).clamp(min=1)
 
 
 def _fake_forward(
@@ -150,7 +148,7 @@ def _fake_forward(
         log_sum_exp = hidden.new_empty((num_rows, num_heads), dtype=torch.float32)
         return losses, log_sum_exp, hidden.new_empty(0), hidden.new_empty(0), hidden.new_empty(0)
     shapes = ((num_rows, hidden.shape[-1]), weight.shape, weight.shape[:1])
-    is_made = reduction != "none"
+    is_made = _makes_gradients(hidden.dtype, reduction)
     gradients = (hidden.new_empty(shape if is_made and need else 0) for shape, need in zip(shapes, needs, strict=True))
     return losses, hidden.new_empty(0, dtype=torch.float32), *gradients
 
@@ -183,12 +181,26 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Te
     return of_hidden, of_weight, of_bias, *nothing[3:]
 
 
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    pass
+
+
+def _has_no_second_derivative(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    raise NotImplementedError("multi_head_cross_entropy has no second derivative; under use_reference() it has")
+
+
 for _key, _forward, _backward in (("CPU", _forward_cpu, _backward_cpu), ("CUDA", _forward_cuda, _backward_cuda)):
     LIBRARY.impl("multi_head_cross_entropy", _forward, _key)
     LIBRARY.impl("multi_head_cross_entropy_backward", _backward, _key)
 torch.library.register_fake("eventkern::multi_head_cross_entropy", _fake_forward, lib=LIBRARY)
 torch.library.register_fake("eventkern::multi_head_cross_entropy_backward", _fake_backward, lib=LIBRARY)
 torch.library.register_autograd("eventkern::multi_head_cross_entropy", _differentiate, setup_context=_save, lib=LIBRARY)
+torch.library.register_autograd(
+    "eventkern::multi_head_cross_entropy_backward",
+    _has_no_second_derivative,
+    setup_context=_save_nothing,
+    lib=LIBRARY,
+)
 
 
 def multi_head_cross_entropy(
@@ -237,7 +249,8 @@ def multi_head_cross_entropy(
     Devices:
         C++ and torch's matrix product on the CPU, which makes the gradients in the forward pass; where the heads'
         upstream gradients differ, and with "none", the backward computes logits again. Triton on CUDA, the reference
-        elsewhere. Only the gradients of hidden, weight and bias exist, and those have none of their own.
+        elsewhere. There is no second derivative and no forward-mode derivative; those need use_reference(), in which
+        compiled code gives NaN instead of an IndexError.
 
     Source:
         Logits that never exist at once: Wijmans et al., 2024 (Cut Cross Entropy). Label smoothing: Szegedy et al.,
@@ -251,7 +264,7 @@ def multi_head_cross_entropy(
         return reference.multi_head_cross_entropy(
             hidden, weight, targets, tuple(head_sizes), bias, ignore_index, label_smoothing, z_loss, reduction
         )
-    if torch.is_autocast_enabled(hidden.device.type):
+    if _is_autocast(hidden):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     is_tracked = torch.is_grad_enabled()
@@ -263,6 +276,10 @@ def multi_head_cross_entropy(
     return losses
 
 
+def _is_autocast(hidden: Tensor) -> bool:
+    return hidden.device.type != "meta" and torch.is_autocast_enabled(hidden.device.type)
+
+
 def _check_arguments(
     hidden: Tensor, weight: Tensor, targets: Tensor, head_sizes: tuple[int, ...], bias: Tensor | None
 ) -> None:
@@ -270,7 +287,7 @@ def _check_arguments(
         if tensor is not None and tensor.dtype not in FLOAT_DTYPES:
             raise TypeError(f"{name} is {tensor.dtype}; want torch.float32, torch.bfloat16 or torch.float16")
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        if tensor is not None and tensor.dtype != hidden.dtype and not _is_autocast(hidden):
             raise TypeError(f"hidden is {hidden.dtype}, but {name} {tensor.dtype}; want one dtype outside autocast")
     if targets.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"targets is {targets.dtype}; want torch.int32 or torch.int64")
@@ -281,6 +298,8 @@ def _check_arguments(
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}; want ({num_classes}, D), with D of hidden {tuple(hidden.shape)}"
         )
+    if weight.shape[1] == 0:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; want at least one column")
     if targets.shape != (*hidden.shape[:-1], num_heads):
         raise ValueError(
             f"targets has shape {tuple(targets.shape)}; want {(*hidden.shape[:-1], num_heads)}, one column per head"
@@ -304,7 +323,7 @@ def _check_options(label_smoothing: float, z_loss: float, reduction: str) -> Non
 def _check_range(labels: Tensor, head_sizes: tuple[int, ...] | list[int], ignore_index: int) -> None:
     """Raise for the first target of labels (N, H) that lies outside its head; waits for the device."""
     is_outside = (labels < 0) | (labels >= torch.tensor(head_sizes, device=labels.device))
-    is_wrong = is_outside & (labels != ignore_index)
+    is_wrong = is_outside & (labels.long() != ignore_index)
     if is_wrong.any():
         row, head = is_wrong.nonzero()[0].tolist()
         raise _outside(labels, row, head, head_sizes)
