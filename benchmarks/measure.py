@@ -49,6 +49,7 @@ class Row:
     peak_bytes: float
     floor_s: float
     bound: str
+    is_part: bool = False
 
     @property
     def ceiling_share(self) -> float:
@@ -135,6 +136,7 @@ def rows(contenders: list[Contender], work: Work, ceilings: Ceilings, dtype: tor
                 peak_bytes=contender.peak_bytes,
                 floor_s=ceilings.floor_s(work, dtype),
                 bound=ceilings.bound(work, dtype),
+                is_part=contender.is_part,
             )
         )
     return sorted(table, key=lambda row: (-(row.ratio or 0.0), row.median_s))

@@ -27,17 +27,18 @@ class Case:
 
 
 def cells(case: Case, row: Row) -> tuple[str, ...]:
-    """A row as the table shows it."""
+    """A row as the table shows it; of a part of the work, rates and shares of the whole would say nothing."""
+    counts = not row.is_part
     return (
         case.name,
         f"**{row.contender}**" if row.is_ours else row.contender,
         f"{row.median_s * 1e3:.3g}" if row.median_s < 1 else f"{row.median_s * 1e3:.0f}",
         f"{row.spread_s * 1e3:.2g}",
-        f"{case.work.events / row.median_s:,.0f}" if case.work.events else "",
-        f"{(case.work.bytes + case.work.cache_bytes) / row.median_s / 1e9:.1f}",
-        f"{row.ratio:.2f}" if row.ratio is not None else "",
-        f"{100 * row.ceiling_share:.0f}",
-        row.bound,
+        f"{case.work.events / row.median_s:,.0f}" if case.work.events and counts else "",
+        f"{(case.work.bytes + case.work.cache_bytes) / row.median_s / 1e9:.1f}" if counts else "",
+        f"{row.ratio:.2f}" if row.ratio is not None and counts else "",
+        f"{100 * row.ceiling_share:.0f}" if counts else "",
+        row.bound if counts else "a part",
         f"{row.peak_bytes / 2**20:.1f}" if math.isfinite(row.peak_bytes) else "",
     )
 

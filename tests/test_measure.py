@@ -42,6 +42,7 @@ def test_a_part_of_the_work_is_shown_and_is_no_peer() -> None:
         torch.float32,
     )
     assert {row.contender: row.ratio for row in table} == {"a part": 4.0, "ours": 2.0, "peer": 1.0}
+    assert [row.contender for row in table if row.is_part] == ["a part"]
 
 
 def test_a_timed_call_follows_an_untimed_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,13 @@ def test_the_table_shows_every_figure() -> None:
     assert cells[2] == ["small fp32", "**eventkern**", "500", "12", "200", "0.4", "3.00", "50", "gemm", "2.0"]
     assert cells[3] == ["small fp32", "plain torch", "1500", "50", "67", "0.1", "1.00", "17", "gemm", ""]
     assert len({len(line) for line in lines}) == 1
+
+
+def test_a_part_of_the_work_has_a_time_and_no_rates() -> None:
+    part = replace(PEER, contender="zeros alone", is_part=True)
+    (line,) = [line for line in markdown([replace(CASE, rows=(OURS, part))]).splitlines() if "zeros" in line]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells == ["small fp32", "zeros alone", "1500", "50", "", "", "", "", "a part", ""]
 
 
 def test_results_are_one_dated_pair_of_files_per_subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
