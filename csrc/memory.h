@@ -11,10 +11,10 @@
 
 namespace eventkern {
 
+inline constexpr int64_t kHugeTensor = 4 << 20;  // bytes from which a tensor is worth huge pages
+
 // Asks for huge pages in [address, address + num_bytes), where the system grants them on request; a hint, never an
 // error.
-inline constexpr int64_t kHugeTensor = 4 << 20;  // bytes from which a tensor is worth it
-
 inline void advise_huge_pages([[maybe_unused]] void* address, [[maybe_unused]] int64_t num_bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kHugePage = 2 << 20;

@@ -101,6 +101,12 @@ struct Event {
   float divisor;
 };
 
+// The sums that an id of the target is added to; null where the id lies outside the table.
+EVENTKERN_INLINE float* sums_of(const Target& target, int64_t id, int64_t sums_stride) {
+  if (static_cast<uint64_t>(id) >= static_cast<uint64_t>(target.num_rows)) return nullptr;
+  return target.data + (target.row_of_id == nullptr ? id : target.row_of_id[id]) * sums_stride;
+}
+
 // Adds kPairs * kColumns columns of one event to the sums of all targets; they stay in registers from table to table.
 template <int kPairs, typename Id, typename Scalar>
 EVENTKERN_INLINE void add_columns(const Event<Id, Scalar>& event, const Target* targets, int num_targets,
@@ -116,10 +122,9 @@ EVENTKERN_INLINE void add_columns(const Event<Id, Scalar>& event, const Target* 
   load_grad(event.grad + column);
   for (int i = 0; i < num_targets; ++i) {
     const Target& target = targets[i];
-    const int64_t id = event.ids[target.id_offset];
-    if (static_cast<uint64_t>(id) >= static_cast<uint64_t>(target.num_rows)) continue;
-    const int64_t row = target.row_of_id == nullptr ? id : target.row_of_id[id];
-    float* sums = target.data + row * sums_stride + column;
+    float* sums = sums_of(target, event.ids[target.id_offset], sums_stride);
+    if (sums == nullptr) continue;
+    sums += column;
     if (target.row_of_id == nullptr) {
       const int64_t next = event.next_ids[target.id_offset];
       prefetch<3>(target.data, static_cast<uint64_t>(next) * sums_stride + column, kPairs * kColumns * sizeof(float));
@@ -136,10 +141,9 @@ EVENTKERN_INLINE void add_end(const Event<Id, Scalar>& event, const Target* targ
                               int64_t sums_stride, int64_t column, int64_t count) {
   for (int i = 0; i < num_targets; ++i) {
     const Target& target = targets[i];
-    const int64_t id = event.ids[target.id_offset];
-    if (static_cast<uint64_t>(id) >= static_cast<uint64_t>(target.num_rows)) continue;
-    const int64_t row = target.row_of_id == nullptr ? id : target.row_of_id[id];
-    float* sums = target.data + row * sums_stride + column;
+    float* sums = sums_of(target, event.ids[target.id_offset], sums_stride);
+    if (sums == nullptr) continue;
+    sums += column;
     const Scalar* source = event.grad + (event.is_concat ? target.grad_offset : 0) + column;
     if constexpr (std::is_same_v<Scalar, float>) {
       for (int64_t j = 0; j < count; ++j) sums[j] += source[j] / event.divisor;

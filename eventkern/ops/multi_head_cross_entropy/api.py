@@ -58,8 +58,7 @@ def _forward_cpu(
         losses = result.losses.view(targets.shape)
     else:
         losses = (result.totals / counts if reduction == "mean" else result.totals).float()
-    nothing = _empty_like(hidden)
-    gradients = (nothing.clone() if gradient is None else gradient for gradient in result.gradients)
+    gradients = (_empty_like(hidden) if gradient is None else gradient for gradient in result.gradients)
     return losses, torch.empty(0, dtype=torch.float32), *gradients
 
 
@@ -69,10 +68,10 @@ def _backward_cpu(
     label_smoothing: float, z_loss: float, reduction: str, needs: list[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     rows, labels = _rows(hidden, targets)
-    made: tuple[Tensor | None, ...] = (hidden_grad, weight_grad, bias_grad)
-    factor = 1.0
+    made: tuple[Tensor | None, ...]
     if _makes_gradients(hidden.dtype, reduction) and bool((grad == grad[0]).all()):
         factor = grad[0].item()
+        made = (hidden_grad * factor, weight_grad * factor, bias_grad * factor)
     else:
         problem = cpu.Problem(rows, weight, bias, labels, head_sizes, ignore_index, label_smoothing, z_loss)
         scales = grad.float()
@@ -81,10 +80,7 @@ def _backward_cpu(
         elif reduction == "mean":
             scales = scales / torch.tensor(problem.count()[1]).clamp(min=1)
         made = cpu.run(problem, scales, (needs[0], needs[1], needs[2])).gradients
-    gradients = [_empty_like(hidden) if gradient is None else gradient * factor for gradient in made]
-    if needs[0]:
-        gradients[0] = gradients[0].view(hidden.shape)
-    return tuple(gradients)
+    return _shaped(made, hidden, needs)
 
 
 def _forward_cuda(
@@ -124,10 +120,13 @@ def _backward_cuda(
         grad_losses, _with_unit_stride(rows), _with_unit_stride(weight), bias if bias is None else bias.contiguous(),
         labels, log_sum_exp, tuple(head_sizes), ignore_index, label_smoothing, z_loss, (needs[0], needs[1], needs[2]),
     )  # fmt: skip
-    gradients = [_empty_like(hidden) if gradient is None else gradient for gradient in made]
-    if needs[0]:
-        gradients[0] = gradients[0].view(hidden.shape)
-    return tuple(gradients)
+    return _shaped(made, hidden, needs)
+
+
+def _shaped(made: tuple[Tensor | None, ...], hidden: Tensor, needs: list[bool]) -> tuple[Tensor, ...]:
+    """The gradients as the op returns them: that of hidden in its shape, an empty one where there is none."""
+    of_hidden, *others = (_empty_like(hidden) if gradient is None else gradient for gradient in made)
+    return of_hidden.view(hidden.shape) if needs[0] else of_hidden, *others
 
 
 def _with_unit_stride(matrix: Tensor) -> Tensor:
