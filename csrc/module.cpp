@@ -93,12 +93,13 @@ PYBIND11_MODULE(_C, module) {
 
   module.def(
       "permutation_cpu",
-      [](uint64_t n, uint64_t seed, uint64_t epoch, int64_t start, int64_t count, uintptr_t out, int num_threads) {
+      [](uint64_t n, uint64_t seed, uint64_t epoch, uint64_t part, int64_t start, int64_t count, uintptr_t out,
+         int num_threads) {
         py::gil_scoped_release release;
-        permutation_cpu(make_permutation(n, seed, epoch), start, count, pointer<int64_t>(out), num_threads);
+        permutation_cpu(make_permutation(n, seed, epoch, part), start, count, pointer<int64_t>(out), num_threads);
       },
-      py::arg("n"), py::kw_only(), py::arg("seed"), py::arg("epoch"), py::arg("start"), py::arg("count"),
-      py::arg("out"), py::arg("num_threads"));
+      py::arg("n"), py::kw_only(), py::arg("seed"), py::arg("epoch"), py::arg("part"), py::arg("start"),
+      py::arg("count"), py::arg("out"), py::arg("num_threads"));
 
   // A window gather's addresses, prepared once for a store and reused for every batch.
   py::class_<WindowGather>(module, "WindowGather")
@@ -219,13 +220,13 @@ PYBIND11_MODULE(_C, module) {
 #ifdef EVENTKERN_CUDA
   module.def(
       "permutation_cuda",
-      [](uint64_t n, uint64_t seed, uint64_t epoch, int64_t start, int64_t count, uintptr_t out, int device,
-         uintptr_t stream) {
+      [](uint64_t n, uint64_t seed, uint64_t epoch, uint64_t part, int64_t start, int64_t count, uintptr_t out,
+         int device, uintptr_t stream) {
         py::gil_scoped_release release;
-        permutation_cuda(make_permutation(n, seed, epoch), start, count, pointer<int64_t>(out), device,
+        permutation_cuda(make_permutation(n, seed, epoch, part), start, count, pointer<int64_t>(out), device,
                          pointer<void>(stream));
       },
-      py::arg("n"), py::kw_only(), py::arg("seed"), py::arg("epoch"), py::arg("start"), py::arg("count"),
-      py::arg("out"), py::arg("device"), py::arg("stream"));
+      py::arg("n"), py::kw_only(), py::arg("seed"), py::arg("epoch"), py::arg("part"), py::arg("start"),
+      py::arg("count"), py::arg("out"), py::arg("device"), py::arg("stream"));
 #endif
 }

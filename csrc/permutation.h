@@ -30,14 +30,15 @@ constexpr uint64_t splitmix64(uint64_t x) {
   return x ^ (x >> 31);
 }
 
-// Seed and epoch are hashed one inside the other: added, (seed 1, epoch 0) and (seed 0, epoch 1) would share an order.
-constexpr Permutation make_permutation(uint64_t n, uint64_t seed, uint64_t epoch) {
+// Seed, epoch and part are hashed one inside the other: added, (seed 1, epoch 0) and (seed 0, epoch 1) would share an
+// order. An epoch has as many independent orders as parts are asked for.
+constexpr Permutation make_permutation(uint64_t n, uint64_t seed, uint64_t epoch, uint64_t part) {
   Permutation permutation{};
   permutation.n = n;
   const int domain_bits = n > 1 ? std::bit_width(n - 1) : 0;
   permutation.high_bits = domain_bits / 2;
   permutation.low_bits = domain_bits - permutation.high_bits;
-  uint64_t state = splitmix64(splitmix64(seed) ^ epoch);
+  uint64_t state = splitmix64(splitmix64(splitmix64(seed) ^ epoch) ^ part);
   for (int round = 0; round < kFeistelRounds; ++round) {
     state = splitmix64(state);
     permutation.keys[round] = static_cast<uint32_t>(state >> 32);

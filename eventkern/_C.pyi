@@ -6,9 +6,11 @@ has_cuda: bool
 max_permutation_size: int
 max_streams: int
 
-def permutation_cpu(n: int, *, seed: int, epoch: int, start: int, count: int, out: int, num_threads: int) -> None: ...
+def permutation_cpu(
+    n: int, *, seed: int, epoch: int, part: int, start: int, count: int, out: int, num_threads: int
+) -> None: ...
 def permutation_cuda(
-    n: int, *, seed: int, epoch: int, start: int, count: int, out: int, device: int, stream: int
+    n: int, *, seed: int, epoch: int, part: int, start: int, count: int, out: int, device: int, stream: int
 ) -> None: ...
 def gather_rows_cpu(
     *, codes: int, code_bytes: int, num_categories: int, rows: int, count: int, out: int, out_bytes: int

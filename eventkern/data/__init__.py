@@ -1,7 +1,8 @@
 """Schema, store, sampler and loader of event tables."""
 
 from eventkern.data.loader import EventBatch, EventLoader
-from eventkern.data.sampler import IndexSampler, permutation
+from eventkern.data.permutation import permutation
+from eventkern.data.sampler import IndexSampler
 from eventkern.data.schema import Category, DataError, Schema, Stream
 from eventkern.data.store import EntityIndex, EventStore
 
