@@ -1,13 +1,13 @@
 """The order of an epoch: its first batch, all of its batches, and what an index costs at sizes that suit it and not."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from torch.utils.data import BatchSampler, RandomSampler
 
+from benchmarks.loader_peers import INDEX_BATCHES, IndexEpochs, sampler_indices
 from benchmarks.measure import Compare, Contender
 from eventkern.data import IndexSampler, permutation
 from profiling.roofline import Work
@@ -16,54 +16,54 @@ BATCH_SIZE = 1024
 NUM_SAMPLES = 900_000
 HUGE = 10**12
 INDEX_BYTES = 8
-SIZES = {"2^20": 2**20, "900,000": 900_000, "2^23+1": 2**23 + 1, "2^33+1": 2**33 + 1}
-"""Sizes of the range. No value walks at a power of two, half of them do just above one."""
+SIZES = {"1,000": 1_000, "2^20": 1 << 20, "900,000": 900_000, "2^23+1": (1 << 23) + 1, "2^33+1": (1 << 33) + 1}
+"""Sizes of the range. No value walks at a power of two; half of them do just above one."""
 LARGEST_RANDPERM = 1 << 24
+CPU = torch.device("cpu")
 
 
-def eventkern_batches(n: int) -> Iterator[Tensor]:
-    return iter(IndexSampler(n, BATCH_SIZE))
+def indices(num_indices: int) -> Work:
+    """The indices written, once."""
+    return Work(operations=0.0, bytes=INDEX_BYTES * num_indices, events=num_indices)
 
 
-def torch_batches(n: int) -> Iterator[list[int]]:
-    return iter(BatchSampler(RandomSampler(range(n)), BATCH_SIZE, drop_last=False))
+def first_batch(epochs: IndexEpochs) -> object:
+    return next(epochs())
 
 
-def randperm_batches(n: int) -> Iterator[Tensor]:
-    return iter(torch.randperm(n).split(BATCH_SIZE))
+def whole_epoch(epochs: IndexEpochs) -> int:
+    return sum(1 for _ in epochs())
 
 
-def first(batches: Callable[[int], Iterator[object]], n: int) -> object:
-    return next(batches(n))
+def test_first_batch(compare: Compare) -> None:
+    contenders = [
+        Contender(
+            peer.name,
+            partial(first_batch, peer.build(NUM_SAMPLES, BATCH_SIZE, shuffle=True, seed=0)),
+            peer.build is sampler_indices,
+        )
+        for peer in INDEX_BATCHES
+    ]
+    compare(f"first batch n {NUM_SAMPLES:,}", contenders, indices(BATCH_SIZE), device=CPU, dtype=torch.int64)
 
 
-def count(batches: Callable[[int], Iterator[object]], n: int) -> int:
-    return sum(1 for _ in batches(n))
+def test_first_batch_of_a_range_that_no_other_holds(compare: Compare) -> None:
+    ours = partial(first_batch, sampler_indices(HUGE, BATCH_SIZE, shuffle=True, seed=0))
+    contenders = [Contender("eventkern IndexSampler", ours, True)]
+    compare(f"first batch n {HUGE:,}", contenders, indices(BATCH_SIZE), device=CPU, dtype=torch.int64)
 
 
-@pytest.mark.parametrize("n", [NUM_SAMPLES, HUGE])
-def test_first_batch(n: int, compare: Compare) -> None:
-    contenders = [Contender("eventkern", partial(first, eventkern_batches, n), True)]
-    if n == NUM_SAMPLES:  # the others hold the whole order
-        contenders.append(Contender("BatchSampler(RandomSampler)", partial(first, torch_batches, n)))
-        contenders.append(Contender("randperm, split", partial(first, randperm_batches, n)))
-    work = Work(operations=0.0, bytes=INDEX_BYTES * BATCH_SIZE, events=BATCH_SIZE)
-    compare(f"first batch n {n:,}", contenders, work, device=torch.device("cpu"), dtype=torch.int64)
-
-
-def test_epoch_of_batches(compare: Compare) -> None:
-    ways = {
-        "eventkern": eventkern_batches,
-        "BatchSampler(RandomSampler)": torch_batches,
-        "randperm, split": randperm_batches,
-    }
-    for name, way in ways.items():
-        batches = [torch.as_tensor(batch) for batch in way(NUM_SAMPLES)]
-        assert torch.cat(batches).sort().values.equal(torch.arange(NUM_SAMPLES)), f"{name} is no permutation"
-    contenders = [Contender(name, partial(count, way, NUM_SAMPLES), name == "eventkern") for name, way in ways.items()]
-    work = Work(operations=0.0, bytes=INDEX_BYTES * NUM_SAMPLES, events=NUM_SAMPLES)
-    case = f"epoch n {NUM_SAMPLES:,} batch {BATCH_SIZE}, {torch.get_num_threads()} threads"
-    compare(case, contenders, work, device=torch.device("cpu"), dtype=torch.int64)
+def test_epoch_of_batches(compare: Compare, has_slow_starters: bool) -> None:
+    contenders = []
+    for peer in INDEX_BATCHES:
+        if peer.is_slow_to_start and not has_slow_starters:
+            continue
+        epochs = peer.build(NUM_SAMPLES, BATCH_SIZE, shuffle=True, seed=0)
+        order = np.concatenate([np.asarray(batch) for batch in epochs()])
+        assert np.array_equal(np.sort(order), np.arange(NUM_SAMPLES)), f"{peer.name} is no permutation"
+        contenders.append(Contender(peer.name, partial(whole_epoch, epochs), peer.build is sampler_indices))
+    case = f"epoch n {NUM_SAMPLES:,} batch {BATCH_SIZE:,}, {torch.get_num_threads()} threads"
+    compare(case, contenders, indices(NUM_SAMPLES), device=CPU, dtype=torch.int64)
 
 
 @pytest.fixture
@@ -82,9 +82,9 @@ def test_indices_on_one_thread(size: str, compare: Compare) -> None:
     out = torch.empty(num_indices, dtype=torch.int64)
     contenders = [Contender("eventkern", partial(permutation, n, seed=0, stop=num_indices, out=out), True)]
     if n <= LARGEST_RANDPERM:  # it makes all of them or none
-        contenders.append(Contender(f"randperm of all {n:,}", partial(torch.randperm, n), is_part=n > num_indices))
-    work = Work(operations=0.0, bytes=INDEX_BYTES * num_indices, events=num_indices)
-    compare(f"{num_indices:,} of n {size}, 1 thread", contenders, work, device=torch.device("cpu"), dtype=torch.int64)
+        contenders.append(Contender(f"torch.randperm({n:,})", partial(torch.randperm, n), is_part=n > num_indices))
+    case = f"{num_indices:,} of n {size}, 1 thread"
+    compare(case, contenders, indices(num_indices), device=CPU, dtype=torch.int64)
 
 
 def test_seek(compare: Compare) -> None:
@@ -100,21 +100,19 @@ def test_seek(compare: Compare) -> None:
         Contender("eventkern, from the middle", partial(batches_from, NUM_SAMPLES // 2), True),
         Contender("eventkern, from the start", partial(batches_from, 0)),
     ]
-    work = Work(operations=0.0, bytes=8 * INDEX_BYTES * BATCH_SIZE, events=8 * BATCH_SIZE)
-    compare(f"8 batches n {NUM_SAMPLES:,}", contenders, work, device=torch.device("cpu"), dtype=torch.int64)
+    compare(f"8 batches n {NUM_SAMPLES:,}", contenders, indices(8 * BATCH_SIZE), device=CPU, dtype=torch.int64)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", ["2^23+1", "2^33+1"])
 def test_indices_on_cuda(size: str, compare: Compare) -> None:
-    n, num_indices, device = SIZES[size], 1 << 26, torch.device("cuda")
-    num_indices = min(n, num_indices)
+    n, device = SIZES[size], torch.device("cuda")
+    num_indices = min(n, 1 << 26)
     out = torch.empty(num_indices, dtype=torch.int64, device=device)
     contenders = [
         Contender("eventkern", partial(permutation, n, seed=0, stop=num_indices, out=out), True),
-        Contender("fill alone", partial(out.fill_, 0), is_part=True),
+        Contender("fill_, the writes alone", partial(out.fill_, 0), is_part=True),
     ]
     if n <= LARGEST_RANDPERM:
-        contenders.append(Contender("randperm", partial(torch.randperm, n, device=device)))
-    work = Work(operations=0.0, bytes=INDEX_BYTES * num_indices, events=num_indices)
-    compare(f"{num_indices:,} of n {size} cuda", contenders, work, device=device, dtype=torch.int64)
+        contenders.append(Contender("torch.randperm", partial(torch.randperm, n, device=device)))
+    compare(f"{num_indices:,} of n {size} cuda", contenders, indices(num_indices), device=device, dtype=torch.int64)
