@@ -24,7 +24,7 @@ int64_t gather_windows(const WindowGather& gather) {
   Out* targets = static_cast<Out*>(gather.targets);
   int64_t num_labels = 0;
   for (int64_t sample = 0; sample < gather.batch_size; ++sample) {
-    const int64_t anchor = gather.anchors[sample];
+    const int64_t anchor = gather.anchors[gather.windows[sample]];
     const int64_t anchor_row = gather.key.rows[anchor];
     for (int stream = 0; stream < gather.num_streams; ++stream) {
       const Span span = source_span(gather.streams[stream], anchor_row, gather.src_seq_len);

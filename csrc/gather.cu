@@ -10,7 +10,7 @@ __global__ void gather_windows_kernel(WindowGather gather, unsigned long long* n
   const int64_t sample = blockIdx.x;
   const int segment = blockIdx.y;
   const bool is_target = segment == gather.num_streams;
-  const int64_t anchor = gather.anchors[sample];
+  const int64_t anchor = gather.anchors[gather.windows[sample]];
   const Span span = is_target ? target_span(gather.key, gather.limits, anchor, gather.num_targets)
                               : source_span(gather.streams[segment], gather.key.rows[anchor], gather.src_seq_len);
   const int length = is_target ? gather.num_targets : gather.src_seq_len;

@@ -1,5 +1,6 @@
-// The window gather: from anchors to the (B, K, S, C) sources and (B, T + 1, C) targets of a batch, read straight from
-// the store. The rules of "which rows" stand here once, for host and device (nvcc: --expt-relaxed-constexpr).
+// The window gather: from window numbers to the (B, K, S, C) sources and (B, T + 1, C) targets of a batch, read
+// straight from the store. The rules of "which rows" stand here once, for host and device (nvcc:
+// --expt-relaxed-constexpr).
 #pragma once
 
 #include <cstdint>
@@ -27,7 +28,8 @@ struct WindowGather {
   EntityIndex streams[kMaxStreams];
   int src_seq_len;
   int num_targets;         // T + 1: the anchor and the T events after it
-  const int64_t* anchors;  // (batch_size,): positions in key.rows
+  const int64_t* anchors;  // (num_windows,): positions in key.rows
+  const int64_t* windows;  // (batch_size,): positions in anchors
   int64_t batch_size;
   void* sources;  // (batch_size, num_streams, src_seq_len, num_categories), out_bytes wide
   void* targets;  // (batch_size, num_targets, num_categories)

@@ -30,9 +30,9 @@ EntityIndex entity_index(const std::array<uintptr_t, 3>& addresses) {
           pointer<const int64_t>(addresses[2])};
 }
 
-WindowGather for_batch(WindowGather gather, uintptr_t anchors, int64_t batch_size, uintptr_t sources,
+WindowGather for_batch(WindowGather gather, uintptr_t windows, int64_t batch_size, uintptr_t sources,
                        uintptr_t targets) {
-  gather.anchors = pointer<const int64_t>(anchors);
+  gather.windows = pointer<const int64_t>(windows);
   gather.batch_size = batch_size;
   gather.sources = pointer<void>(sources);
   gather.targets = pointer<void>(targets);
@@ -104,7 +104,7 @@ PYBIND11_MODULE(_C, module) {
   // A window gather's addresses, prepared once for a store and reused for every batch.
   py::class_<WindowGather>(module, "WindowGather")
       .def(py::init([](uintptr_t codes, int code_bytes, int num_categories, uintptr_t cuts,
-                       const std::array<uintptr_t, 3>& key, uintptr_t limits,
+                       const std::array<uintptr_t, 3>& key, uintptr_t anchors, uintptr_t limits,
                        const std::vector<std::array<uintptr_t, 3>>& streams, int src_seq_len, int num_targets,
                        int out_bytes) {
              if (streams.size() > kMaxStreams) throw std::invalid_argument("too many streams");
@@ -114,6 +114,7 @@ PYBIND11_MODULE(_C, module) {
              gather.num_categories = num_categories;
              gather.cuts = pointer<const int32_t>(cuts);
              gather.key = entity_index(key);
+             gather.anchors = pointer<const int64_t>(anchors);
              gather.limits = pointer<const int64_t>(limits);
              gather.num_streams = static_cast<int>(streams.size());
              for (size_t stream = 0; stream < streams.size(); ++stream) {
@@ -125,26 +126,26 @@ PYBIND11_MODULE(_C, module) {
              return gather;
            }),
            py::kw_only(), py::arg("codes"), py::arg("code_bytes"), py::arg("num_categories"), py::arg("cuts"),
-           py::arg("key"), py::arg("limits"), py::arg("streams"), py::arg("src_seq_len"), py::arg("num_targets"),
-           py::arg("out_bytes"))
+           py::arg("key"), py::arg("anchors"), py::arg("limits"), py::arg("streams"), py::arg("src_seq_len"),
+           py::arg("num_targets"), py::arg("out_bytes"))
       .def(
           "cpu",
-          [](const WindowGather& self, uintptr_t anchors, int64_t batch_size, uintptr_t sources, uintptr_t targets,
+          [](const WindowGather& self, uintptr_t windows, int64_t batch_size, uintptr_t sources, uintptr_t targets,
              uintptr_t num_labels) {
             py::gil_scoped_release release;
-            gather_windows_cpu(for_batch(self, anchors, batch_size, sources, targets), pointer<int64_t>(num_labels));
+            gather_windows_cpu(for_batch(self, windows, batch_size, sources, targets), pointer<int64_t>(num_labels));
           },
-          py::arg("anchors"), py::arg("batch_size"), py::arg("sources"), py::arg("targets"), py::arg("num_labels"))
+          py::arg("windows"), py::arg("batch_size"), py::arg("sources"), py::arg("targets"), py::arg("num_labels"))
 #ifdef EVENTKERN_CUDA
       .def(
           "cuda",
-          [](const WindowGather& self, uintptr_t anchors, int64_t batch_size, uintptr_t sources, uintptr_t targets,
+          [](const WindowGather& self, uintptr_t windows, int64_t batch_size, uintptr_t sources, uintptr_t targets,
              uintptr_t num_labels, int device, uintptr_t stream) {
             py::gil_scoped_release release;
-            gather_windows_cuda(for_batch(self, anchors, batch_size, sources, targets), pointer<int64_t>(num_labels),
+            gather_windows_cuda(for_batch(self, windows, batch_size, sources, targets), pointer<int64_t>(num_labels),
                                 device, pointer<void>(stream));
           },
-          py::arg("anchors"), py::arg("batch_size"), py::arg("sources"), py::arg("targets"), py::arg("num_labels"),
+          py::arg("windows"), py::arg("batch_size"), py::arg("sources"), py::arg("targets"), py::arg("num_labels"),
           py::arg("device"), py::arg("stream"))
 #endif
       ;

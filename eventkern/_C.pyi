@@ -78,13 +78,14 @@ class WindowGather:
         num_categories: int,
         cuts: int,
         key: tuple[int, int, int],
+        anchors: int,
         limits: int,
         streams: list[tuple[int, int, int]],
         src_seq_len: int,
         num_targets: int,
         out_bytes: int,
     ) -> None: ...
-    def cpu(self, anchors: int, batch_size: int, sources: int, targets: int, num_labels: int) -> None: ...
+    def cpu(self, windows: int, batch_size: int, sources: int, targets: int, num_labels: int) -> None: ...
     def cuda(
-        self, anchors: int, batch_size: int, sources: int, targets: int, num_labels: int, device: int, stream: int
+        self, windows: int, batch_size: int, sources: int, targets: int, num_labels: int, device: int, stream: int
     ) -> None: ...

@@ -147,7 +147,6 @@ class WindowGatherer:
     ) -> None:
         self.device = device
         self._kept: list[Tensor | np.ndarray[Any, Any]] = []
-        self._anchors = torch.from_numpy(anchors).to(device)
         streams = store.schema.streams
         indexes = {entity: self._index_addresses(store.index(entity)) for entity in store.schema.entities}
         self._sources_shape = (len(streams), src_seq_len, len(store.schema.categories))
@@ -158,6 +157,7 @@ class WindowGatherer:
             num_categories=len(store.schema.categories),
             cuts=self._address(np.array(store.sizes(id_category_size), dtype=np.int32)),
             key=indexes[store.schema.key],
+            anchors=self._address(anchors),
             limits=self._address(limits),
             streams=[indexes[stream.entity] if stream.entity else (0, 0, 0) for stream in streams],
             src_seq_len=src_seq_len,
@@ -181,15 +181,15 @@ class WindowGatherer:
 
     def __call__(self, windows: Tensor) -> EventBatch:
         """Gather the windows with the given numbers: (B,) int64."""
-        anchors = self._anchors[windows.to(self.device)]
+        windows = windows.to(self.device)
         batch_size = len(windows)
         sources = torch.empty(batch_size, *self._sources_shape, dtype=torch.int32, device=self.device)
         targets = torch.empty(batch_size, *self._targets_shape, dtype=torch.int32, device=self.device)
         num_targets = torch.empty((), dtype=torch.int64, device=self.device)
         outputs = (sources.data_ptr(), targets.data_ptr(), num_targets.data_ptr())
         if self.device.type == "cpu":
-            self._window_gather.cpu(anchors.data_ptr(), batch_size, *outputs)
+            self._window_gather.cpu(windows.data_ptr(), batch_size, *outputs)
         else:
             stream = torch.cuda.current_stream(self.device).cuda_stream
-            self._window_gather.cuda(anchors.data_ptr(), batch_size, *outputs, sources.device.index, stream)
+            self._window_gather.cuda(windows.data_ptr(), batch_size, *outputs, sources.device.index, stream)
         return EventBatch(sources, targets, num_targets)

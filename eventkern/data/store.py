@@ -13,8 +13,10 @@ for each category E that is the key or owns a stream. An entity is an actual val
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
+import weakref
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +103,8 @@ class EventStore:
         }
         self._arrays: dict[str, NDArray[Any]] = {}
         self._indexes: dict[str, EntityIndex] = {}
+        self._on_device: weakref.WeakValueDictionary[tuple[str, torch.device], torch.Tensor]
+        self._on_device = weakref.WeakValueDictionary()
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = False) -> EventStore:
@@ -153,6 +157,36 @@ class EventStore:
                 raise DataError(f"{self.path / 'store.bin'}: section '{part}:{entity}' {what}: damaged; {AGAIN}")
             self._indexes[entity] = index
         return self._indexes[entity]
+
+    def on_device(self, name: str, device: torch.device | str) -> torch.Tensor:
+        """The bytes of a section, copied to a device once and shared by all who ask for it while any of them holds it.
+
+        Args:
+            name: of the section: "codes", "timestamps", or "entity_of_row:<E>", "offsets:<E>", "rows:<E>".
+            device: where to.
+
+        Returns:
+            (bytes of the section,) uint8, as they lie in the file; nobody may write to it.
+
+        Raises:
+            ValueError: no section of that name.
+            DataError: the index that the section belongs to is damaged.
+        """
+        if name not in self.sections:
+            raise ValueError(
+                f"name is {name!r}, which is no section of {self.path}; use one of: {', '.join(self.sections)}"
+            )
+        entity = name.partition(":")[2]
+        array = getattr(self.index(entity), name.partition(":")[0]) if entity else self._map(name)
+        device = torch.empty(0, device=device).device  # "cuda" and the device that it stands for share a copy
+        held = self._on_device.get((name, device))
+        if held is None:
+            held = torch.empty(array.nbytes, dtype=torch.uint8, device=device)
+            if array.nbytes:  # by address, because torch warns of memory that it may not write to
+                mapped = (ctypes.c_uint8 * array.nbytes).from_address(array.ctypes.data)
+                held.copy_(torch.frombuffer(mapped, dtype=torch.uint8))
+            self._on_device[name, device] = held
+        return held
 
     def sizes(self, id_category_size: int) -> tuple[int, ...]:
         """Classes of each category under a limit; a code at or above its category's size reads 1.

@@ -1,6 +1,7 @@
 import itertools
 import json
 import pickle
+import weakref
 from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -175,6 +176,31 @@ def test_rows_refuses_what_it_cannot_gather(store: EventStore) -> None:
         store.rows(torch.tensor([0, 1]), torch.empty(4, 2, dtype=torch.int32).t())
     with pytest.raises(ValueError, match="indices are on meta"):
         store.rows(torch.tensor([0], device="meta"))
+
+
+def test_a_section_on_a_device_is_copied_once_while_it_is_held(store: EventStore) -> None:
+    first = store.on_device("rows:where", "cpu")
+    assert first.dtype == torch.uint8
+    assert first.numpy().view(np.int64).tolist() == store.index("where").rows.tolist()
+    assert store.on_device("rows:where", torch.device("cpu")) is first
+    assert store.on_device("rows:where", "meta").shape == first.shape
+    assert store.on_device("codes", "cpu").numpy().tobytes() == store.codes.tobytes()
+    gone = weakref.ref(first)
+    del first
+    assert gone() is None  # the memory goes with the last who holds it
+    first = store.on_device("rows:where", "cpu")
+    assert first.numpy().view(np.int64).tolist() == store.index("where").rows.tolist()
+
+
+def test_an_unknown_or_damaged_section_goes_to_no_device(store: EventStore) -> None:
+    with pytest.raises(
+        ValueError, match=r"name is 'rows:paid', which is no section of .*; use one of: codes, timestamps"
+    ):
+        store.on_device("rows:paid", "cpu")
+    section = store.sections["rows:where"]
+    section.map(store.path / "store.bin", "r+")[3] = 10**9
+    with pytest.raises(DataError, match="section 'rows:where' holds 1000000000"):
+        store.on_device("rows:where", "cpu")
 
 
 def test_a_pickled_store_maps_the_same_file(store: EventStore) -> None:
