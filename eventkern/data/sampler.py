@@ -1,12 +1,22 @@
-"""Batches of sample indices: shuffled globally, shared among ranks, resumed at any point."""
+"""Batches of sample indices: shuffled globally or in windows, shared among ranks, resumed at any point."""
 
-from collections.abc import Iterator
-from typing import TypedDict
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
-from eventkern.data.permutation import MAX_KEY, PERMUTATION_VERSION, permutation
+from eventkern import _C
+from eventkern.data.permutation import MAX_KEY, PERMUTATION_VERSION, fill_permutation, permutation
+
+# Indices of many batches are made by one call: few enough to stay in cache, and enough to share among threads.
+MAX_CHUNK = 1 << 16
+MAX_CHUNK_BATCHES = 256
+# A window holds at least WINDOW_BLOCKS blocks of at most MAX_BLOCK samples.
+MAX_BLOCK = 1 << 10
+WINDOW_BLOCKS = 16
 
 
 class SamplerState(TypedDict):
@@ -21,24 +31,118 @@ class SamplerState(TypedDict):
     window: int | None
 
 
-class IndexSampler:
+class ResumableSampler(ABC):
+    """Iterates over an epoch whose batches are a pure function of (seed, epoch, position), and knows its position.
+
+    Iterating starts the epoch anew, or once goes on from a loaded state.
+    """
+
+    def __init__(self, *, seed: int, shuffle: bool, rank: int, world_size: int, drop_last: bool) -> None:
+        check_integer("seed", seed, 0, MAX_KEY - 1)
+        check_integer("world_size", world_size, 1)
+        check_integer("rank", rank, 0, world_size - 1)
+        self.seed = seed
+        self.shuffle = shuffle
+        self.rank = rank
+        self.world_size = world_size
+        self.drop_last = drop_last
+        self.epoch = 0
+        self._position = 0
+        self._is_resuming = False
+
+    @property
+    @abstractmethod
+    def end(self) -> int:
+        """One past the last position of an epoch."""
+
+    @property
+    def start(self) -> int:
+        """The position where iterating begins: a loaded one, else 0."""
+        return self._position if self._is_resuming else 0
+
+    @abstractmethod
+    def walk(self, device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, int]]:
+        """Batches from `start` on, each with the position after it (of all ranks), leaving the sampler's state alone.
+
+        For consumers that draw ahead: they `advance` to a batch's position when it is used.
+
+        Args:
+            device: where the indices are made, "cpu" or "cuda".
+        """
+
+    def __iter__(self) -> Iterator[Tensor]:
+        batches = self.walk()
+        self.advance(self.start)
+        for batch, position in batches:
+            self._position = position
+            yield batch
+
+    def advance(self, position: int) -> None:
+        """Record that the epoch is consumed up to a position.
+
+        Raises:
+            ValueError: a position outside the epoch.
+        """
+        check_integer("position", position, 0, self.end)
+        self._position, self._is_resuming = position, False
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch's order; another epoch than the loaded one starts at its beginning."""
+        check_integer("epoch", epoch, 0, MAX_KEY - 1)
+        if epoch != self.epoch:
+            self.epoch, self._position, self._is_resuming = epoch, 0, False
+
+    def _restore(self, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+        """Take the epoch, order and position of a state that agrees with what is this sampler's `own`."""
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state is of type {type(state).__name__}; want the mapping that state_dict() returned")
+        for key in (*own, "seed", "epoch", "position", "shuffle"):
+            if key not in state:
+                raise ValueError(f"the sampler state has no {key}; want the mapping that state_dict() returned")
+        for key, value in own.items():
+            if state[key] != value:
+                raise ValueError(f"the sampler state has {key} {state[key]}, but this sampler {value}")
+        for key, largest in (("seed", MAX_KEY - 1), ("epoch", MAX_KEY - 1), ("position", self.end)):
+            check_integer(f"the sampler state's {key}", state[key], 0, largest)
+        if not isinstance(state["shuffle"], bool):
+            raise TypeError(f"the sampler state's shuffle is {state['shuffle']!r}; want True or False")
+        self.seed, self.shuffle, self.epoch = state["seed"], state["shuffle"], state["epoch"]
+        self._position, self._is_resuming = state["position"], True
+
+
+class IndexSampler(ResumableSampler):
     """Batches of sample indices, shuffled globally and then shared among ranks by position.
 
     Rank r takes positions [r * batch_size, (r + 1) * batch_size) of each global batch of world_size * batch_size. A
     short last batch is shared evenly; its remainder below world_size is dropped (num_dropped). Iterating starts the
-    epoch anew, or goes on from a loaded state. Serves as torch's `batch_sampler=`.
+    epoch anew, or goes on from a loaded state. A batch is a view of up to 64 Ki indices that are made at once.
+
+    Serves as torch's `batch_sampler=`. With worker processes torch's DataLoader draws batches ahead, and the state
+    counts what was drawn: to save the point that training has reached, call
+    `sampler.advance(min(start + consumed_batches * world_size * batch_size, num_samples))` before `state_dict()`, with
+    `start = sampler.start` read before the epoch's iteration; drawing goes on undisturbed. (torchdata's
+    StatefulDataLoader keeps the state that belongs to each batch by itself.)
+
+    `window` is for stores larger than memory. Blocks of consecutive samples (a 16th of the window, at most 1,024, cut
+    down to a power of two) come in shuffled order, and every run of `window` samples in that order is shuffled through,
+    so that only window / block places of the store are read at a time. Borders of blocks move each epoch. A window
+    below 32 or of at least n is the full shuffle. What it costs in randomness: on samples whose values follow their
+    order (time, say), the means of batches vary as if a batch had only min(batch_size, window / block) independent
+    samples: their variance is about 1 + batch_size * block / window times that of the full shuffle, and two samples of
+    one block share a batch n / window times as often. At n = 900,000 and batch_size 1,024 the variance is WINDOW_FIGURES.
 
     Args:
-        num_samples: n.
+        num_samples: n, 1 to 2^48.
         batch_size: samples of a batch, per rank.
-        seed: of the order.
+        seed: of the order, in [0, 2^64).
         shuffle: a new order each epoch; else 0, 1, 2, ...
         rank: of this process, in [0, world_size).
         world_size: number of ranks.
         drop_last: leave out a short last batch.
-        window: not supported yet; must be None.
+        window: samples that are shuffled together, at least 1; None for all.
 
     Raises:
+        TypeError: a number that is no integer.
         ValueError: an argument out of its range.
     """
 
@@ -54,25 +158,19 @@ class IndexSampler:
         drop_last: bool = False,
         window: int | None = None,
     ) -> None:
-        for name, value in (("num_samples", num_samples), ("batch_size", batch_size), ("world_size", world_size)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; want at least 1")
-        if not 0 <= seed < MAX_KEY:
-            raise ValueError(f"seed is {seed}; want 0 to 2^64 - 1")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank is {rank}; want 0 to world_size - 1 = {world_size - 1}")
+        super().__init__(seed=seed, shuffle=shuffle, rank=rank, world_size=world_size, drop_last=drop_last)
+        check_integer("num_samples", num_samples, 1, _C.max_permutation_size)
+        check_integer("batch_size", batch_size, 1)
         if window is not None:
-            raise ValueError(f"window is {window}; windowed shuffling is not supported yet, want None")
+            check_integer("window", window, 1)
         self.num_samples = num_samples
         self.batch_size = batch_size
-        self.seed = seed
-        self.shuffle = shuffle
-        self.rank = rank
-        self.world_size = world_size
-        self.drop_last = drop_last
-        self.epoch = 0
-        self._position = 0
-        self._resume_position = 0
+        self.window = window
+
+    @property
+    def end(self) -> int:
+        """One past the last position of an epoch: n."""
+        return self.num_samples
 
     @property
     def num_dropped(self) -> int:
@@ -85,35 +183,61 @@ class IndexSampler:
         full, short = divmod(self.num_samples, self.batch_size * self.world_size)
         return full + (not self.drop_last and short >= self.world_size)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch's order; another epoch than the loaded one starts at its beginning."""
-        if epoch != self.epoch:
-            self.epoch, self._position, self._resume_position = epoch, 0, 0
+    def walk(self, device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, int]]:
+        """Batches from `start` on, each with the position after its global batch, leaving the sampler's state alone.
 
-    def __iter__(self) -> Iterator[Tensor]:
-        position, self._resume_position = self._resume_position, 0
-        while (batch := self._slice(position)) is not None:
-            start, stop, position = batch
-            self._position = position
-            yield self._indices(start, stop)
+        For consumers that draw ahead: they `advance` to a batch's position when it is used.
 
-    def _slice(self, position: int) -> tuple[int, int, int] | None:
-        """This rank's [start, stop) of the global batch at `position`, and the position after it; None at the end."""
+        Args:
+            device: where the indices are made, "cpu" or "cuda".
+
+        Returns:
+            An iterator over (batch_size,) int64 indices (fewer in a short last batch) and positions.
+        """
+        device = torch.device(device)
+        if device.type != "cpu":
+            permutation(1, seed=0, device=device)  # names a device that cannot serve, once for the epoch
+        order = self._order(device)
+        return self._walk_alone(self.start, order) if self.world_size == 1 else self._walk_shares(self.start, order)
+
+    def _walk_alone(self, position: int, order: Callable[[int, int], Tensor]) -> Iterator[tuple[Tensor, int]]:
+        """Batches cut from chunks, which grow so that the first batch does not wait for many."""
+        end = self.num_samples
+        if self.drop_last:
+            end -= (end - position) % self.batch_size
+        num_batches, most = 1, min(max(MAX_CHUNK // self.batch_size, 1), MAX_CHUNK_BATCHES)
+        while position < end:
+            chunk = order(position, min(position + num_batches * self.batch_size, end))
+            for batch in chunk.split(self.batch_size):
+                position = min(position + self.batch_size, end)
+                yield batch, position
+            num_batches = min(2 * num_batches, most)
+
+    def _walk_shares(self, position: int, order: Callable[[int, int], Tensor]) -> Iterator[tuple[Tensor, int]]:
+        """This rank's share of each global batch."""
         global_size = self.batch_size * self.world_size
-        left = self.num_samples - position
-        if left >= global_size:
-            start = position + self.rank * self.batch_size
-            return start, start + self.batch_size, position + global_size
-        share = left // self.world_size
-        if self.drop_last or share == 0:
-            return None
-        start = position + self.rank * share
-        return start, start + share, self.num_samples
+        while (left := self.num_samples - position) > 0:
+            share = min(self.batch_size, left // self.world_size)
+            if share == 0 or (self.drop_last and share < self.batch_size):
+                return
+            start = position + self.rank * share
+            position = min(position + global_size, self.num_samples)
+            yield order(start, start + share), position
 
-    def _indices(self, start: int, stop: int) -> Tensor:
+    def _order(self, device: torch.device) -> Callable[[int, int], Tensor]:
+        """The epoch's order as a function: the samples at positions [start, stop)."""
         if not self.shuffle:
-            return torch.arange(start, stop)
-        return permutation(self.num_samples, seed=self.seed, epoch=self.epoch, start=start, stop=stop)
+            return partial(torch.arange, device=device)
+        n, seed, epoch = self.num_samples, self.seed, self.epoch
+        if self.window is not None and 2 * WINDOW_BLOCKS <= self.window < n:
+            return WindowedOrder(n, self.window, seed=seed, epoch=epoch, device=device)
+
+        def shuffled(start: int, stop: int) -> Tensor:
+            samples = torch.empty(stop - start, dtype=torch.int64, device=device)
+            fill_permutation(samples, n, seed=seed, epoch=epoch, start=start)
+            return samples
+
+        return shuffled
 
     def state_dict(self) -> SamplerState:
         """The scalars that name this point of the epoch: batches already yielded are behind it."""
@@ -124,20 +248,82 @@ class IndexSampler:
             "epoch": self.epoch,
             "position": self._position,
             "shuffle": self.shuffle,
-            "window": None,
+            "window": self.window,
         }
 
     def load_state_dict(self, state: SamplerState) -> None:
         """Go on at a saved point, under any batch size and world size.
 
         Raises:
-            ValueError: the state belongs to another n, window or version of the permutation.
+            TypeError: the state is no mapping, or one of its values has the wrong type.
+            ValueError: the state belongs to another n, window or version of the permutation, or lacks a key.
         """
-        own = self.state_dict()
-        for key, value in (("version", own["version"]), ("n", own["n"]), ("window", own["window"])):
-            if state.get(key) != value:
-                raise ValueError(f"the sampler state has {key} {state.get(key)}, but this sampler {value}")
-        if not 0 <= state["position"] <= self.num_samples:
-            raise ValueError(f"the sampler state has position {state['position']}; want 0 to n = {self.num_samples}")
-        self.seed, self.shuffle, self.epoch = state["seed"], state["shuffle"], state["epoch"]
-        self._position = self._resume_position = state["position"]
+        own = {"version": PERMUTATION_VERSION, "n": self.num_samples, "window": self.window}
+        self._restore(state, own)
+
+
+class WindowedOrder:
+    """An epoch's order shuffled by blocks, and inside windows of blocks.
+
+    The samples, rotated by a shift of the epoch's own, are cut into blocks; the full blocks are permuted, the short
+    one stays last. Windows share the blocks in that order evenly, and each permutes its samples. An epoch's order takes
+    the permutation's part 1 (shift), 2 (blocks) and 3 + w (window w).
+
+    Args:
+        n: number of samples.
+        window: samples of a window, in [2 * WINDOW_BLOCKS, n): windows hold at most that many.
+        seed: of the order.
+        epoch: of the order.
+        device: where the samples are computed.
+    """
+
+    def __init__(self, n: int, window: int, *, seed: int, epoch: int, device: torch.device) -> None:
+        self.n = n
+        self.device = device
+        # A power of two: a shift tells a position's block.
+        self.block_bits = min(window // WINDOW_BLOCKS, MAX_BLOCK).bit_length() - 1
+        self.num_blocks = -(-n >> self.block_bits)
+        self.num_windows = -(-self.num_blocks // (window >> self.block_bits))
+        self._keys = {"seed": seed, "epoch": epoch}
+        shift = torch.empty(1, dtype=torch.int64)
+        fill_permutation(shift, n, **self._keys, start=0, part=1)
+        self._shift = int(shift)
+        self._cached_window = -1
+
+    def __call__(self, start: int, stop: int) -> Tensor:
+        """The samples at positions [start, stop)."""
+        samples = torch.empty(stop - start, dtype=torch.int64, device=self.device)
+        position = start
+        while position < stop:
+            window = (((position >> self.block_bits) + 1) * self.num_windows - 1) // self.num_blocks
+            first = self._first_block(window) << self.block_bits
+            end = min(self._first_block(window + 1) << self.block_bits, self.n)
+            part = samples[position - start : min(stop, end) - start]
+            fill_permutation(part, end - first, **self._keys, start=position - first, part=3 + window)
+            part += self._moves(window).index_select(0, part >> self.block_bits)
+            position = min(stop, end)
+        samples -= (samples >= self.n) * self.n
+        return samples
+
+    def _first_block(self, window: int) -> int:
+        return self.num_blocks * window // self.num_windows
+
+    def _moves(self, window: int) -> Tensor:
+        """How far each block of a window lies from its place in the window, in samples, the shift included."""
+        if window != self._cached_window:
+            first, end = self._first_block(window), self._first_block(window + 1)
+            num_full = self.n >> self.block_bits
+            blocks = torch.arange(first, end, device=self.device)
+            fill_permutation(blocks[: num_full - first], num_full, **self._keys, start=first, part=2)
+            blocks -= torch.arange(end - first, device=self.device)
+            self._cached_window, self._cached_moves = window, (blocks << self.block_bits) + self._shift
+        return self._cached_moves
+
+
+def check_integer(name: str, value: object, smallest: int, largest: int | None = None) -> None:
+    """Raise TypeError or ValueError, with the name, unless the value is an integer of the range."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; want an int")
+    if value < smallest or (largest is not None and value > largest):
+        bounds = f"at least {smallest}" if largest is None else f"{smallest} to {largest}"
+        raise ValueError(f"{name} is {value}; want {bounds}")
