@@ -1,5 +1,6 @@
 """Schema, store, sampler and loader of event tables."""
 
+from eventkern.data.length_bucketed_sampler import LengthBucketedSampler
 from eventkern.data.loader import EventBatch, EventLoader
 from eventkern.data.permutation import permutation
 from eventkern.data.sampler import IndexSampler
@@ -14,6 +15,7 @@ __all__ = [
     "EventLoader",
     "EventStore",
     "IndexSampler",
+    "LengthBucketedSampler",
     "Schema",
     "Stream",
     "permutation",

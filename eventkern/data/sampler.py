@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -29,6 +29,22 @@ class SamplerState(TypedDict):
     position: int
     shuffle: bool
     window: int | None
+
+
+class EpochOrder(NamedTuple):
+    """What the orders of an epoch depend on, as a value that later calls of set_epoch leave alone."""
+
+    seed: int
+    epoch: int
+    shuffle: bool
+
+    def places(self, n: int, start: int, stop: int, *, part: int = 0, device: torch.device | str = "cpu") -> Tensor:
+        """Positions [start, stop) of an order of [0, n): ascending, or the epoch's permutation `part`."""
+        if not self.shuffle:
+            return torch.arange(start, stop, device=device)
+        places = torch.empty(stop - start, dtype=torch.int64, device=device)
+        fill_permutation(places, n, seed=self.seed, epoch=self.epoch, start=start, part=part)
+        return places
 
 
 class ResumableSampler(ABC):
@@ -59,6 +75,11 @@ class ResumableSampler(ABC):
     def start(self) -> int:
         """The position where iterating begins: a loaded one, else 0."""
         return self._position if self._is_resuming else 0
+
+    @property
+    def order(self) -> EpochOrder:
+        """The epoch's order as it stands."""
+        return EpochOrder(self.seed, self.epoch, self.shuffle)
 
     @abstractmethod
     def walk(self, device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, int]]:
@@ -124,12 +145,14 @@ class IndexSampler(ResumableSampler):
     StatefulDataLoader keeps the state that belongs to each batch by itself.)
 
     `window` is for stores larger than memory. Blocks of consecutive samples (a 16th of the window, at most 1,024, cut
-    down to a power of two) come in shuffled order, and every run of `window` samples in that order is shuffled through,
-    so that only window / block places of the store are read at a time. Borders of blocks move each epoch. A window
-    below 32 or of at least n is the full shuffle. What it costs in randomness: on samples whose values follow their
-    order (time, say), the means of batches vary as if a batch had only min(batch_size, window / block) independent
-    samples: their variance is about 1 + batch_size * block / window times that of the full shuffle, and two samples of
-    one block share a batch n / window times as often. At n = 900,000 and batch_size 1,024 the variance is WINDOW_FIGURES.
+    down to a power of two) come in shuffled order, and every run of at most `window` samples of that order is shuffled
+    through: a window reads window / block places of the store. The borders of blocks move each epoch. A window below 32
+    or of at least n is the full shuffle. The price, on samples whose values follow their order (time, say): the means
+    of batches vary about 1 + batch_size * block / window times as much (their variance) as under the full shuffle, and
+    neighbours in the order share a batch n / window times as often. At n = 900,000 and batch_size = 1,024, windows of
+    16 Ki, 64 Ki and 256 Ki measure 65, 16 and 5 times the variance, a correlation of successive samples of 0.06, 0.015
+    and 0.004, and, with rows of 34 bytes, touch 152, 593 and 2,034 of the store's 7,471 pages each. A window costs
+    about 20 us of its own: prefer it larger than a batch.
 
     Args:
         num_samples: n, 1 to 2^48.
@@ -197,7 +220,9 @@ class IndexSampler(ResumableSampler):
         device = torch.device(device)
         if device.type != "cpu":
             permutation(1, seed=0, device=device)  # names a device that cannot serve, once for the epoch
-        order = self._order(device)
+        order: Callable[[int, int], Tensor] = partial(self.order.places, self.num_samples, device=device)
+        if self.shuffle and self.window is not None and 2 * WINDOW_BLOCKS <= self.window < self.num_samples:
+            order = WindowedOrder(self.num_samples, self.window, seed=self.seed, epoch=self.epoch, device=device)
         return self._walk_alone(self.start, order) if self.world_size == 1 else self._walk_shares(self.start, order)
 
     def _walk_alone(self, position: int, order: Callable[[int, int], Tensor]) -> Iterator[tuple[Tensor, int]]:
@@ -223,21 +248,6 @@ class IndexSampler(ResumableSampler):
             start = position + self.rank * share
             position = min(position + global_size, self.num_samples)
             yield order(start, start + share), position
-
-    def _order(self, device: torch.device) -> Callable[[int, int], Tensor]:
-        """The epoch's order as a function: the samples at positions [start, stop)."""
-        if not self.shuffle:
-            return partial(torch.arange, device=device)
-        n, seed, epoch = self.num_samples, self.seed, self.epoch
-        if self.window is not None and 2 * WINDOW_BLOCKS <= self.window < n:
-            return WindowedOrder(n, self.window, seed=seed, epoch=epoch, device=device)
-
-        def shuffled(start: int, stop: int) -> Tensor:
-            samples = torch.empty(stop - start, dtype=torch.int64, device=device)
-            fill_permutation(samples, n, seed=seed, epoch=epoch, start=start)
-            return samples
-
-        return shuffled
 
     def state_dict(self) -> SamplerState:
         """The scalars that name this point of the epoch: batches already yielded are behind it."""
@@ -285,9 +295,7 @@ class WindowedOrder:
         self.num_blocks = -(-n >> self.block_bits)
         self.num_windows = -(-self.num_blocks // (window >> self.block_bits))
         self._keys = {"seed": seed, "epoch": epoch}
-        shift = torch.empty(1, dtype=torch.int64)
-        fill_permutation(shift, n, **self._keys, start=0, part=1)
-        self._shift = int(shift)
+        self._shift = int(EpochOrder(seed, epoch, shuffle=True).places(n, 0, 1, part=1))
         self._cached_window = -1
 
     def __call__(self, start: int, stop: int) -> Tensor:

@@ -95,6 +95,16 @@ def test_batches_cut_from_chunks_are_those_of_the_order():
         assert torch.cat(list(sampler)).equal(permutation(num_samples, seed=2, start=1234))
 
 
+@pytest.mark.parametrize(("batch_size", "largest"), [(1000, 65_000), (10, 2560), (70_000, 70_000)])
+def test_chunks_begin_with_one_batch_and_grow_to_a_limit(batch_size, largest):
+    batches = IndexSampler(10**12, batch_size).walk()
+    sizes = [next(batches)[0].untyped_storage().nbytes() // 8 for _ in range(600 if batch_size < 70_000 else 5)]
+    assert sizes[0] == batch_size
+    assert sizes[1] == min(2 * batch_size, largest)
+    assert sizes == sorted(sizes)
+    assert sizes[-1] == largest
+
+
 @pytest.mark.parametrize("n", [900_000, 10**12, 2**48])
 @pytest.mark.parametrize("window", [None, 1 << 16])
 def test_any_n_starts_at_once_anywhere(n, window):
