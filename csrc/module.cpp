@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "gather.h"
+#include "gather_pool.h"
 #include "multi_embedding.h"
 #include "multi_head_cross_entropy.h"
 #include "parallel.h"
@@ -149,6 +150,19 @@ PYBIND11_MODULE(_C, module) {
           py::arg("device"), py::arg("stream"))
 #endif
       ;
+
+  py::class_<GatherPool>(module, "GatherPool")
+      .def(py::init<int64_t, int>(), py::kw_only(), py::arg("num_windows"), py::arg("num_threads"))
+      .def(
+          "submit",
+          [](GatherPool& self, const WindowGather& gather, uintptr_t windows, int64_t batch_size, uintptr_t sources,
+             uintptr_t targets, uintptr_t num_labels) {
+            return self.submit(for_batch(gather, windows, batch_size, sources, targets), pointer<int64_t>(num_labels));
+          },
+          py::arg("gather"), py::arg("windows"), py::arg("batch_size"), py::arg("sources"), py::arg("targets"),
+          py::arg("num_labels"))
+      .def("wait", &GatherPool::wait, py::arg("ticket"), py::call_guard<py::gil_scoped_release>())
+      .def("close", &GatherPool::close, py::call_guard<py::gil_scoped_release>());
 
   module.def(
       "gather_rows_cpu",

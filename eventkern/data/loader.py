@@ -1,44 +1,30 @@
-"""Batches of windows, gathered from the store by the C++ (or CUDA) extension.
+"""Batches of windows in the sampler's order, gathered ahead and brought to the device."""
 
-Shapes: B batch, K streams, S source events, T target events, C categories.
-"""
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from typing import Literal
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
-
-import numpy as np
 import torch
-from torch import Tensor
 
-from eventkern import _C
+from eventkern.data.prefetch import Placed, gathered, placed
 from eventkern.data.sampler import IndexSampler, SamplerState
 from eventkern.data.schema import DataError
-from eventkern.data.store import EntityIndex, EventStore
-
-
-@dataclass(frozen=True)
-class EventBatch:
-    """B windows of events.
-
-    Attributes:
-        sources: (B, K, S, C) int32. Stream k holds the last S events strictly before the anchor, of the anchor's own
-            entity or of all events, left-padded with class 0.
-        targets: (B, T + 1, C) int32. The anchor event and the T events of its key after it, right-padded with class 0.
-        num_targets: () int64, labels of a category that are not padding (the same for every category).
-    """
-
-    sources: Tensor
-    targets: Tensor
-    num_targets: Tensor
+from eventkern.data.store import EventStore
+from eventkern.data.windows import EventBatch, WindowGatherer
 
 
 class EventLoader:
     """Iterates over the windows of a store's split in batches.
 
+    Threads of the extension gather the next batches while the consumer works on one; they end, and free what they
+    gathered, when the iteration ends, is closed or is dropped. A batch stays as it is while any of its tensors lives,
+    and only then is its memory used again. On a CUDA device a batch is copied from pinned memory in one transfer, on a
+    stream of its own, one batch ahead; work on the stream that is current when the batch is drawn waits for that copy,
+    and the host never does.
+
     Args:
         store: the events.
-        split: "train" (anchors shuffled anew each epoch) or "validation" (anchors in order).
+        split: "train" or "validation".
         src_seq_len: S.
         tgt_seq_len: T.
         id_category_size: classes of an `id` category, padding and missing included; rarer classes read 1.
@@ -47,10 +33,16 @@ class EventLoader:
         rank: of this process, in [0, world_size).
         world_size: number of ranks.
         device: where batches arrive.
-        resident: keep the store on a CUDA device and gather there.
+        resident: keep the store on a CUDA device, where loaders of one store share it, and make indices and batches
+            there on the current stream, with no copy and nothing ahead.
+        shuffle: a new order of the windows each epoch; None: of training, while validation is in order.
+        window: of the sampler; None: the order is random over the whole split.
+        drop_last: leave out a short last batch.
+        prefetch: batches gathered ahead of the consumer; 0: each is gathered when asked for, in the consumer's thread.
 
     Attributes:
         num_samples: windows of an epoch over all ranks.
+        sampler: the order of the windows.
 
     Raises:
         ValueError: an argument out of its range, or a split without windows.
@@ -70,10 +62,18 @@ class EventLoader:
         world_size: int = 1,
         device: torch.device | str = "cpu",
         resident: bool = False,
+        shuffle: bool | None = None,
+        window: int | None = None,
+        drop_last: bool = False,
+        prefetch: int = 2,
     ) -> None:
-        for name, value in (("src_seq_len", src_seq_len), ("tgt_seq_len", tgt_seq_len)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; want at least 1")
+        for name, value, least in (
+            ("src_seq_len", src_seq_len, 1),
+            ("tgt_seq_len", tgt_seq_len, 1),
+            ("prefetch", prefetch, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} is {value}; want at least {least}")
         self.device = torch.device(device)
         if resident and self.device.type != "cuda":
             raise ValueError(f"resident is True on device {self.device}; want a CUDA device")
@@ -82,10 +82,18 @@ class EventLoader:
             raise DataError(f"{store.path}: the {split} period has no event with a successor; move the schema's split")
         self.store = store
         self.num_samples = len(anchors)
+        self.prefetch = prefetch
         self.sampler = IndexSampler(
-            self.num_samples, batch_size, seed=seed, shuffle=split == "train", rank=rank, world_size=world_size
+            self.num_samples,
+            batch_size,
+            seed=seed,
+            shuffle=split == "train" if shuffle is None else shuffle,
+            rank=rank,
+            world_size=world_size,
+            drop_last=drop_last,
+            window=window,
         )
-        self._gather = WindowGatherer(
+        self._gatherer = WindowGatherer(
             store,
             anchors,
             store.limits(split),
@@ -99,14 +107,24 @@ class EventLoader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[EventBatch]:
-        for indices in self.sampler:
-            yield self._to_device(self._gather(indices))
+        with closing(self._placed()) as batches:
+            yield from map(self._consumed, batches)  # no variable here may hold a batch that the consumer dropped
 
-    def _to_device(self, batch: EventBatch) -> EventBatch:
-        if batch.sources.device == self.device:
-            return batch
-        parts = (batch.sources, batch.targets, batch.num_targets)
-        return EventBatch(*(part.to(self.device, non_blocking=True) for part in parts))
+    def _placed(self) -> Generator[Placed]:
+        if self._gatherer.device.type == "cuda":
+            for windows, position in self.sampler.walk(self.device):
+                yield Placed(self._gatherer(windows), position)
+            return
+        batch_size, pinned = self.sampler.batch_size, self.device.type == "cuda"
+        batches = gathered(
+            self._gatherer, self.sampler.walk(), batch_size=batch_size, prefetch=self.prefetch, pinned=pinned
+        )
+        with closing(batches):
+            yield from placed(batches, self._gatherer, self.device)
+
+    def _consumed(self, placed: Placed) -> EventBatch:
+        self.sampler.advance(placed.position)
+        return placed.batch
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch's order."""
@@ -119,77 +137,3 @@ class EventLoader:
     def load_state_dict(self, state: SamplerState) -> None:
         """Go on at a saved position, under any batch size and world size."""
         self.sampler.load_state_dict(state)
-
-
-class WindowGatherer:
-    """Turns window numbers into batches. Holds the arrays that the extension reads by address.
-
-    Args:
-        store: the events.
-        anchors: (num_windows,) int64 positions in the key's index.
-        limits: (num_keys,) int64, exclusive ends in the key's index of what targets may reach.
-        src_seq_len: S.
-        tgt_seq_len: T.
-        id_category_size: classes of an `id` category.
-        device: where the arrays live and batches are made: the CPU, or a CUDA device.
-    """
-
-    def __init__(
-        self,
-        store: EventStore,
-        anchors: np.ndarray[Any, np.dtype[np.int64]],
-        limits: np.ndarray[Any, np.dtype[np.int64]],
-        *,
-        src_seq_len: int,
-        tgt_seq_len: int,
-        id_category_size: int,
-        device: torch.device,
-    ) -> None:
-        self.device = device
-        self._kept: list[Tensor | np.ndarray[Any, Any]] = []
-        streams = store.schema.streams
-        indexes = {entity: self._index_addresses(store.index(entity)) for entity in store.schema.entities}
-        self._sources_shape = (len(streams), src_seq_len, len(store.schema.categories))
-        self._targets_shape = (tgt_seq_len + 1, len(store.schema.categories))
-        self._window_gather = _C.WindowGather(
-            codes=self._address(store.codes),
-            code_bytes=store.codes.itemsize,
-            num_categories=len(store.schema.categories),
-            cuts=self._address(np.array(store.sizes(id_category_size), dtype=np.int32)),
-            key=indexes[store.schema.key],
-            anchors=self._address(anchors),
-            limits=self._address(limits),
-            streams=[indexes[stream.entity] if stream.entity else (0, 0, 0) for stream in streams],
-            src_seq_len=src_seq_len,
-            num_targets=tgt_seq_len + 1,
-            out_bytes=4,
-        )
-
-    def _address(self, array: np.ndarray[Any, Any]) -> int:
-        """The address of an array on self.device, kept alive as long as this gatherer."""
-        if self.device.type == "cpu":
-            kept = np.ascontiguousarray(array)
-            self._kept.append(kept)
-            return int(kept.__array_interface__["data"][0])
-        # Bytes travel, since torch has no full set of unsigned dtypes.
-        on_device = torch.from_numpy(np.ascontiguousarray(array).view(np.uint8).copy()).to(self.device)
-        self._kept.append(on_device)
-        return on_device.data_ptr()
-
-    def _index_addresses(self, index: EntityIndex) -> tuple[int, int, int]:
-        return self._address(index.entity_of_row), self._address(index.offsets), self._address(index.rows)
-
-    def __call__(self, windows: Tensor) -> EventBatch:
-        """Gather the windows with the given numbers: (B,) int64."""
-        windows = windows.to(self.device)
-        batch_size = len(windows)
-        sources = torch.empty(batch_size, *self._sources_shape, dtype=torch.int32, device=self.device)
-        targets = torch.empty(batch_size, *self._targets_shape, dtype=torch.int32, device=self.device)
-        num_targets = torch.empty((), dtype=torch.int64, device=self.device)
-        outputs = (sources.data_ptr(), targets.data_ptr(), num_targets.data_ptr())
-        if self.device.type == "cpu":
-            self._window_gather.cpu(windows.data_ptr(), batch_size, *outputs)
-        else:
-            stream = torch.cuda.current_stream(self.device).cuda_stream
-            self._window_gather.cuda(windows.data_ptr(), batch_size, *outputs, sources.device.index, stream)
-        return EventBatch(sources, targets, num_targets)
