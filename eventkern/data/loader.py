@@ -111,14 +111,15 @@ class EventLoader:
             yield from map(self._consumed, batches)  # no variable here may hold a batch that the consumer dropped
 
     def _placed(self) -> Generator[Placed]:
-        if self._gatherer.device.type == "cuda":
-            for windows, position in self.sampler.walk(self.device):
+        is_resident = self._gatherer.device.type == "cuda"
+        walk = self.sampler.walk(self.device if is_resident else "cpu")
+        self.sampler.advance(self.sampler.start)  # a loaded position is for this iteration alone
+        if is_resident:
+            for windows, position in walk:
                 yield Placed(self._gatherer(windows), position)
             return
         batch_size, pinned = self.sampler.batch_size, self.device.type == "cuda"
-        batches = gathered(
-            self._gatherer, self.sampler.walk(), batch_size=batch_size, prefetch=self.prefetch, pinned=pinned
-        )
+        batches = gathered(self._gatherer, walk, batch_size=batch_size, prefetch=self.prefetch, pinned=pinned)
         with closing(batches):
             yield from placed(batches, self._gatherer, self.device)
 

@@ -69,6 +69,9 @@ class WindowGatherer:
         num_streams, num_categories = len(schema.streams), len(schema.categories)
         self._sources_shape = (num_streams, src_seq_len, num_categories)
         self._targets_shape = (tgt_seq_len + 1, num_categories)
+        source_size, target_size = src_seq_len * num_categories, (tgt_seq_len + 1) * num_categories
+        self._sources_strides = (num_streams * source_size, source_size, num_categories, 1)
+        self._targets_strides = (target_size, num_categories, 1)
         indexes = {entity: self._index_addresses(store, entity) for entity in schema.entities}
         self._window_gather = _C.WindowGather(
             codes=self._section(store, "codes", store.codes),
@@ -112,23 +115,19 @@ class WindowGatherer:
         )
 
     def _targets_offset(self, batch_size: int) -> int:
-        return SECTION_BYTES + _in_sections(batch_size * ID_BYTES * _product(self._sources_shape))
+        return SECTION_BYTES + _in_sections(batch_size * self._sources_strides[0] * ID_BYTES)
 
     def block_bytes(self, batch_size: int) -> int:
         """Bytes of a batch of B windows."""
-        return self._targets_offset(batch_size) + _in_sections(batch_size * ID_BYTES * _product(self._targets_shape))
+        return self._targets_offset(batch_size) + _in_sections(batch_size * self._targets_strides[0] * ID_BYTES)
 
     def batch(self, block: Tensor, batch_size: int) -> EventBatch:
         """The B windows in a block of bytes, as views of it."""
         ids = block.view(torch.int32)
-        sources, targets = self._sources_shape, self._targets_shape
-        source_strides = (_product(sources), sources[1] * sources[2], sources[2], 1)
-        target_strides = (_product(targets), targets[1], 1)
+        sources, targets = (batch_size, *self._sources_shape), (batch_size, *self._targets_shape)
         return EventBatch(
-            sources=ids.as_strided((batch_size, *sources), source_strides, SECTION_BYTES // ID_BYTES),
-            targets=ids.as_strided(
-                (batch_size, *targets), target_strides, self._targets_offset(batch_size) // ID_BYTES
-            ),
+            sources=ids.as_strided(sources, self._sources_strides, SECTION_BYTES // ID_BYTES),
+            targets=ids.as_strided(targets, self._targets_strides, self._targets_offset(batch_size) // ID_BYTES),
             num_targets=block.view(torch.int64)[0],
         )
 
@@ -153,10 +152,6 @@ class WindowGatherer:
             stream = torch.cuda.current_stream(self.device).cuda_stream
             self._window_gather.cuda(windows.data_ptr(), batch_size, *outputs, block.device.index, stream)
         return self.batch(block, batch_size)
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape))
 
 
 def _in_sections(num_bytes: int) -> int:
