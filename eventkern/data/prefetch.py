@@ -3,7 +3,7 @@
 import os
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from itertools import islice
 from typing import NamedTuple
 
@@ -39,20 +39,33 @@ class _Pending(NamedTuple):
     gathered: Gathered
 
 
-def new_blocks(num_bytes: int, *, pinned: bool) -> Callable[[], Tensor]:
-    """Makes blocks of bytes, (num_bytes,) uint8; the memory of one is used again once no tensor looks at it."""
-    if pinned:
-        # torch's allocator of pinned memory does that, and waits for the copies out of a block that are under way.
-        return lambda: torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-    free: list[Tensor] = []
+class Blocks:
+    """Makes blocks of bytes whose memory is used again once no tensor looks at it; what is free goes with this object.
 
-    def block() -> Tensor:
-        owner = free.pop() if free else torch.empty(num_bytes, dtype=torch.uint8)
+    Args:
+        num_bytes: of a block.
+        pinned: as the source of copies to a CUDA device.
+    """
+
+    def __init__(self, num_bytes: int, *, pinned: bool) -> None:
+        self._num_bytes = num_bytes
+        self._pinned = pinned
+        self._free: list[Tensor] = []
+
+    def new(self) -> Tensor:
+        """A block, (num_bytes,) uint8."""
+        if self._pinned:
+            # torch's allocator of pinned memory keeps freed blocks for reuse, and waits for the copies out of them.
+            return torch.empty(self._num_bytes, dtype=torch.uint8, pin_memory=True)
+        owner = self._free.pop() if self._free else torch.empty(self._num_bytes, dtype=torch.uint8)
         lent = owner.numpy()
-        weakref.finalize(lent, free.append, owner).atexit = False
+        weakref.finalize(lent, _give_back, weakref.ref(self), owner).atexit = False
         return torch.from_numpy(lent)  # whose storage holds `lent` until the last view of it is gone
 
-    return block
+
+def _give_back(blocks: weakref.ref[Blocks], owner: Tensor) -> None:
+    if (held := blocks()) is not None:
+        held._free.append(owner)
 
 
 def gathered(
@@ -68,13 +81,13 @@ def gathered(
             consumer's thread.
         pinned: gather into pinned memory.
     """
-    new_block = new_blocks(gatherer.block_bytes(batch_size), pinned=pinned)
+    blocks = Blocks(gatherer.block_bytes(batch_size), pinned=pinned)
     pool = _C.GatherPool(num_windows=gatherer.num_windows, num_threads=min(prefetch, available_cores()))
     pending: deque[_Pending] = deque()
     try:
         while True:
             for windows, position in islice(walk, prefetch + 1 - len(pending)):
-                block = new_block()
+                block = blocks.new()
                 ticket = gatherer.submit(pool, windows, block)
                 pending.append(_Pending(ticket, windows, Gathered(block, len(windows), position)))
                 del block  # so that the consumer alone decides when it is free
