@@ -1,5 +1,6 @@
 """EventLoader: every window against a brute-force oracle, leak tests, epochs, resuming, ranks, and the CUDA gather."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from eventkern.data import Category, DataError, EventLoader, EventStore, Schema, Stream
+from eventkern.data import Category, DataError, EventLoader, EventStore, IndexSampler, Schema, Stream
 from eventkern.data.loader import WindowGatherer
 from eventkern.data.prepare import prepare
 
@@ -205,9 +206,65 @@ def test_a_state_goes_on_with_the_windows_that_were_left(store, world_size):
     assert len(expected) - len(left) < world_size
 
 
+@pytest.mark.parametrize("prefetch", [0, 2, 5])
+def test_ranks_may_change_again_and_again_within_an_epoch(store, prefetch):
+    def loaders(world_size: int, batch_size: int, state: dict) -> list[EventLoader]:
+        made = [
+            EventLoader(
+                store, "train", **{**SETTINGS, "batch_size": batch_size},
+                rank=rank, world_size=world_size, prefetch=prefetch,
+            )
+            for rank in range(world_size)
+        ]  # fmt: skip
+        for loader in made:
+            loader.load_state_dict(state)
+        return made
+
+    whole = EventLoader(store, "train", **SETTINGS, seed=3)
+    whole.set_epoch(4)
+    state = whole.state_dict()
+    windows: list[torch.Tensor] = []
+    for world_size, batch_size, num_batches in ((1, 7, 11), (2, 4, 9), (3, 5, 6), (2, 3, 1000)):
+        ranks = loaders(world_size, batch_size, state)
+        for together in itertools.islice(zip(*ranks, strict=True), num_batches):
+            windows += [batch.targets for batch in together]
+        state = ranks[0].state_dict()
+        assert all(rank.state_dict() == state for rank in ranks)
+    visited = torch.cat(windows)
+    expected = torch.cat([batch.targets for batch in whole])
+    assert visited.equal(expected[: len(visited)])
+    assert len(expected) - len(visited) < 2
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("shuffle", [None, False, True])
+def test_the_order_is_that_of_the_sampler_asked_for(store, split, shuffle):
+    options = {"seed": 3, "shuffle": shuffle, "drop_last": True, "window": 64}
+    loader = EventLoader(store, split, **SETTINGS, **options)
+    by_number = loader._gatherer
+    is_shuffled = shuffle if shuffle is not None else split == "train"
+    sampler = IndexSampler(
+        loader.num_samples, SETTINGS["batch_size"], seed=3, shuffle=is_shuffled, drop_last=True, window=64
+    )
+    assert loader.state_dict() == sampler.state_dict()
+    assert (next(iter(sampler)).tolist() != [0, 1, 2, 3, 4, 5, 6]) == is_shuffled
+    for batch, windows in zip(loader, sampler, strict=True):
+        assert batch.targets.equal(by_number(windows).targets)
+        assert len(windows) == SETTINGS["batch_size"]
+    assert loader.state_dict() == sampler.state_dict()
+
+
+def test_a_position_that_leaves_no_batch_is_for_one_iteration(store):
+    loader = EventLoader(store, "train", **SETTINGS)
+    loader.load_state_dict({**loader.state_dict(), "position": loader.num_samples})
+    assert list(loader) == []
+    assert len(list(loader)) == len(loader)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"prefetch": -1}, "prefetch is -1; want at least 0"),
         ({"src_seq_len": 0}, "src_seq_len is 0"),
         ({"tgt_seq_len": 0}, "tgt_seq_len is 0"),
         ({"id_category_size": 1}, "id_category_size is 1"),
