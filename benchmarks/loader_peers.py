@@ -106,12 +106,12 @@ def grain_indices(n: int, batch_size: int, *, shuffle: bool, seed: int) -> Index
 
     next_seed = seed
 
-    def epoch() -> Iterator[Sequence[int]]:
+    def epoch() -> Iterator[list[int]]:
         nonlocal next_seed
         own_seed, next_seed = next_seed % 2**32, next_seed + 1
         for start in range(0, n, batch_size):
             positions = range(start, min(start + batch_size, n))
-            yield [index_shuffle(at, n - 1, own_seed, GRAIN_ROUNDS) for at in positions] if shuffle else positions
+            yield [index_shuffle(at, n - 1, own_seed, GRAIN_ROUNDS) for at in positions] if shuffle else list(positions)
 
     return epoch
 
