@@ -254,6 +254,22 @@ def test_batch_means_spread_as_much_as_the_blocks_of_a_window_say(window, blocks
     assert spread < 1 + batch_size / blocks * 1.25
 
 
+def test_a_loaded_state_does_not_reach_into_another_epoch():
+    sampler = IndexSampler(10, 3, seed=5)
+    sampler.load_state_dict({**sampler.state_dict(), "position": 6})
+    sampler.set_epoch(1)
+    assert sampler.state_dict()["position"] == 0
+    assert torch.cat(list(sampler)).equal(permutation(10, seed=5, epoch=1))
+
+
+def test_drop_last_counts_full_batches_from_where_it_resumes():
+    sampler = IndexSampler(11, 3, seed=5, drop_last=True)
+    sampler.load_state_dict({**sampler.state_dict(), "position": 5})
+    assert [batch.tolist() for batch in sampler] == permutation(11, seed=5, start=5).view(2, 3).tolist()
+    sampler.load_state_dict({**sampler.state_dict(), "position": 6})
+    assert [batch.tolist() for batch in sampler] == permutation(11, seed=5, start=6, stop=9).view(1, 3).tolist()
+
+
 @pytest.mark.parametrize(("key", "value"), [("n", 11), ("version", 0), ("window", 8)])
 def test_a_foreign_state_is_refused_by_name(key, value):
     sampler = IndexSampler(10, 2)
