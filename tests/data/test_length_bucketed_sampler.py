@@ -150,6 +150,12 @@ def test_ranks_take_the_batches_of_one_order_in_turn(lengths, world_size):
     assert samplers[0].num_dropped == sum(len(batch) for batch in alone[len(together) :])
 
 
+def test_ranks_share_epochs_of_many_steps():
+    samplers = [LengthBucketedSampler([8] * 8000, 8, seed=2, rank=rank, world_size=3) for rank in range(3)]
+    together = torch.cat([batch for step in steps(samplers) for batch in step])
+    assert len(together.unique()) == len(together) == 7998
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_state_goes_on_under_another_world_size(lengths, world_size):
     sampler = LengthBucketedSampler(lengths, 4096, seed=5)
