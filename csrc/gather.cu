@@ -11,8 +11,7 @@ __global__ void gather_windows_kernel(WindowGather gather, unsigned long long* n
   const int segment = blockIdx.y;
   const bool is_target = segment == gather.num_streams;
   const int64_t anchor = gather.anchors[gather.windows[sample]];
-  const Span span = is_target ? target_span(gather.key, gather.limits, anchor, gather.num_targets)
-                              : source_span(gather.streams[segment], gather.key.rows[anchor], gather.src_seq_len);
+  const Span span = is_target ? target_span(gather, anchor) : source_span(gather, gather.streams[segment], anchor);
   const int length = is_target ? gather.num_targets : gather.src_seq_len;
   const int padding = is_target ? 0 : length - span.num_rows;
   Out* out = is_target ? static_cast<Out*>(gather.targets) + sample * length * gather.num_categories
@@ -36,7 +35,7 @@ void gather_windows_cuda(const WindowGather& gather, int64_t* num_labels, int de
   cuda_check(cudaMemsetAsync(counter, 0, sizeof(*counter), cuda_stream), "cudaMemsetAsync");
   if (gather.batch_size == 0) return;
   const dim3 grid(static_cast<unsigned>(gather.batch_size), static_cast<unsigned>(gather.num_streams + 1));
-  dispatch_widths(gather, [&]<typename Code, typename Out>() {
+  dispatch_widths(gather.code_bytes, gather.out_bytes, [&]<typename Code, typename Out>() {
     gather_windows_kernel<Code, Out><<<grid, 256, 0, cuda_stream>>>(gather, counter);
   });
   cuda_check(cudaGetLastError(), "gather_windows kernel");

@@ -36,44 +36,54 @@ struct WindowGather {
   int out_bytes;  // 4 | 8, signed
 };
 
-// A run of num_rows rows: rows[first...] of an entity's list, or first, first + 1, ... itself where rows is null.
-// padding rows of class 0 stand before it (sources) or after it (targets).
+// A run of num_rows rows: rows[0], rows[1], ... of an entity's list, or first, first + 1, ... itself where rows is
+// null. padding rows of class 0 stand before it (sources) or after it (targets).
 struct Span {
   const int64_t* rows;
   int64_t first;
   int num_rows;
 };
 
-constexpr int64_t row_at(const Span& span, int i) { return span.rows ? span.rows[span.first + i] : span.first + i; }
+constexpr int64_t row_at(const Span& span, int i) { return span.rows ? span.rows[i] : span.first + i; }
 
-// The last `length` events strictly before `anchor_row` of the anchor row's own entity, or of all events.
-constexpr Span source_span(const EntityIndex& index, int64_t anchor_row, int length) {
-  int64_t begin = 0;
-  int64_t end = anchor_row;
-  if (index.rows) {
-    const int32_t entity = index.entity_of_row[anchor_row];
-    if (entity < 0) return {nullptr, 0, 0};
-    begin = index.offsets[entity];
-    int64_t above = index.offsets[entity + 1];
-    end = begin;
-    while (end < above) {  // the first position of this entity whose row is not before the anchor
-      const int64_t middle = end + (above - end) / 2;
-      if (index.rows[middle] < anchor_row) {
-        end = middle + 1;
-      } else {
-        above = middle;
-      }
-    }
+// The position in index.rows of a row that has an entity: the one of its entity's, from begin to end, that holds it.
+constexpr int64_t position_of(const int64_t* rows, int64_t row, int64_t begin, int64_t end) {
+  while (end - begin > 1) {
+    const int64_t middle = begin + (end - begin) / 2;
+    (rows[middle] <= row ? begin : end) = middle;
   }
+  return begin;
+}
+
+// The last `length` of the positions from begin to end, which are those of an entity's events before the anchor.
+constexpr Span last_rows(const int64_t* rows, int64_t begin, int64_t end, int length) {
   const int64_t first = end - begin > length ? end - length : begin;
-  return {index.rows, first, static_cast<int>(end - first)};
+  return {rows ? rows + first : nullptr, first, static_cast<int>(end - first)};
+}
+
+// A stream of the key itself has its anchors' own positions.
+constexpr bool needs_search(const WindowGather& gather, const EntityIndex& index) {
+  return index.rows && index.rows != gather.key.rows;
+}
+
+// The last `length` events strictly before the anchor of the anchor row's own entity, or of all events.
+constexpr Span source_span(const WindowGather& gather, const EntityIndex& index, int64_t anchor) {
+  const int64_t row = gather.key.rows[anchor];
+  if (!index.rows) return last_rows(nullptr, 0, row, gather.src_seq_len);
+  const int32_t entity = index.entity_of_row[row];
+  if (entity < 0) return {nullptr, 0, 0};
+  const int64_t begin = index.offsets[entity];
+  const int64_t end =
+      needs_search(gather, index) ? position_of(index.rows, row, begin, index.offsets[entity + 1]) : anchor;
+  return last_rows(index.rows, begin, end, gather.src_seq_len);
 }
 
 // The anchor and the events after it, as far as its key's limit reaches.
-constexpr Span target_span(const EntityIndex& key, const int64_t* limits, int64_t anchor, int num_targets) {
-  const int64_t limit = limits[key.entity_of_row[key.rows[anchor]]];
-  const int64_t end = anchor + num_targets < limit ? anchor + num_targets : limit;
-  return {key.rows, anchor, static_cast<int>(end - anchor)};
+constexpr Span target_span(const WindowGather& gather, int64_t anchor) {
+  const EntityIndex& key = gather.key;
+  const int64_t limit = gather.limits[key.entity_of_row[key.rows[anchor]]];
+  const int64_t end = anchor + gather.num_targets < limit ? anchor + gather.num_targets : limit;
+  return {key.rows + anchor, anchor, static_cast<int>(end - anchor)};
 }
 
 template <typename Code, typename Out>
@@ -82,28 +92,35 @@ constexpr Out read_code(const WindowGather& gather, int64_t row, int category) {
   return static_cast<int32_t>(code) >= gather.cuts[category] ? Out{1} : static_cast<Out>(code);
 }
 
-// Calls launch.template operator()<Code, Out>() for the widths in `gather`.
+// Calls launch.template operator()<Code, Out>() for these widths.
 template <typename Launch>
-constexpr void dispatch_widths(const WindowGather& gather, Launch launch) {
+constexpr void dispatch_widths(int code_bytes, int out_bytes, Launch launch) {
   auto with_out = [&]<typename Code>() {
-    gather.out_bytes == 4 ? launch.template operator()<Code, int32_t>() : launch.template operator()<Code, int64_t>();
+    out_bytes == 4 ? launch.template operator()<Code, int32_t>() : launch.template operator()<Code, int64_t>();
   };
-  if (gather.code_bytes == 1) {
+  if (code_bytes == 1) {
     with_out.template operator()<uint8_t>();
-  } else if (gather.code_bytes == 2) {
+  } else if (code_bytes == 2) {
     with_out.template operator()<uint16_t>();
   } else {
     with_out.template operator()<int32_t>();
   }
 }
 
-// Both return nothing: the number of labels is the sum over the batch of target_span().num_rows - 1, written to
-// num_labels.
+// The number of labels, the sum over the batch of target_span().num_rows - 1, goes to num_labels.
 void gather_windows_cpu(const WindowGather& gather, int64_t* num_labels);
 void gather_windows_cuda(const WindowGather& gather, int64_t* num_labels, int device, void* stream);
 
-// rows[i] of codes, widened, into out (count, num_categories); rows are in range.
-void gather_rows_cpu(const void* codes, int code_bytes, int num_categories, const int64_t* rows, int64_t count,
-                     void* out, int out_bytes);
+struct RowGather {
+  const void* codes;  // (num_rows, num_categories), code_bytes wide, as in a WindowGather
+  int code_bytes;
+  int num_categories;
+  int64_t num_rows;
+};
+
+// rows[i] of codes, widened to out_bytes, into out (count, num_categories). Returns -1, or the first position i whose
+// row does not exist; nothing is written then.
+int64_t gather_rows_cpu(const RowGather& gather, const int64_t* rows, int64_t count, void* out, int out_bytes,
+                        int num_threads);
 
 }  // namespace eventkern

@@ -14,6 +14,7 @@ for each category E that is the key or owns a stream. An entity is an actual val
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import json
 import weakref
@@ -219,29 +220,32 @@ class EventStore:
         """
         if indices.dtype != torch.int64:
             raise TypeError(f"indices are {indices.dtype}; give torch.int64")
-        if indices.device.type != "cpu":
+        if not indices.is_cpu:
             raise ValueError(f"indices are on {indices.device}; give them on the CPU, where the store is mapped")
-        flat = indices.reshape(-1).contiguous()
-        is_outside = (flat < 0) | (flat >= self.num_events)
-        if is_outside.any():
-            raise IndexError(f"indices hold {flat[is_outside][0]}, but {self.path} has {self.num_events} events")
+        indices = indices.contiguous()
         shape = (*indices.shape, len(self.class_sizes))
         if out is None:
             out = torch.empty(shape, dtype=torch.int32)
         elif out.shape != shape or out.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"out is {tuple(out.shape)} {out.dtype}; give {shape} of torch.int32 or torch.int64")
-        elif out.device.type != "cpu" or not out.is_contiguous():
+        elif not out.is_cpu or not out.is_contiguous():
             raise ValueError(f"out is on {out.device} with strides {out.stride()}; give a contiguous CPU tensor")
-        _C.gather_rows_cpu(
+        outside = self._row_gather.cpu(
+            indices.data_ptr(), indices.numel(), out.data_ptr(), out.itemsize, torch.get_num_threads()
+        )
+        if outside >= 0:
+            index = indices.view(-1)[outside]
+            raise IndexError(f"indices hold {index}, but {self.path} has {self.num_events} events")
+        return out
+
+    @functools.cached_property
+    def _row_gather(self) -> _C.RowGather:
+        return _C.RowGather(
             codes=self.codes.ctypes.data,
             code_bytes=self.codes.itemsize,
             num_categories=len(self.class_sizes),
-            rows=flat.data_ptr(),
-            count=len(flat),
-            out=out.data_ptr(),
-            out_bytes=out.itemsize,
+            num_rows=self.num_events,
         )
-        return out
 
     def anchors(self, split: Split, tgt_seq_len: int) -> NDArray[np.int64]:
         """Where windows begin: positions p into index(key).rows, ascending; the anchor event is rows[p].
