@@ -8,7 +8,7 @@
 namespace eventkern {
 
 // Rows of the store that belong to each entity, in time order (compressed sparse rows). The stream of all events has
-// null pointers.
+// null pointers, and an entity that no row has may have null rows.
 struct EntityIndex {
   const int32_t* entity_of_row;  // (num_rows,), -1 where the row has no entity
   const int64_t* offsets;        // (num_entities + 1,)
@@ -63,13 +63,13 @@ constexpr Span last_rows(const int64_t* rows, int64_t begin, int64_t end, int le
 
 // A stream of the key itself has its anchors' own positions.
 constexpr bool needs_search(const WindowGather& gather, const EntityIndex& index) {
-  return index.rows && index.rows != gather.key.rows;
+  return index.entity_of_row && index.entity_of_row != gather.key.entity_of_row;
 }
 
 // The last `length` events strictly before the anchor of the anchor row's own entity, or of all events.
 constexpr Span source_span(const WindowGather& gather, const EntityIndex& index, int64_t anchor) {
   const int64_t row = gather.key.rows[anchor];
-  if (!index.rows) return last_rows(nullptr, 0, row, gather.src_seq_len);
+  if (!index.entity_of_row) return last_rows(nullptr, 0, row, gather.src_seq_len);
   const int32_t entity = index.entity_of_row[row];
   if (entity < 0) return {nullptr, 0, 0};
   const int64_t begin = index.offsets[entity];
@@ -84,12 +84,6 @@ constexpr Span target_span(const WindowGather& gather, int64_t anchor) {
   const int64_t limit = gather.limits[key.entity_of_row[key.rows[anchor]]];
   const int64_t end = anchor + gather.num_targets < limit ? anchor + gather.num_targets : limit;
   return {key.rows + anchor, anchor, static_cast<int>(end - anchor)};
-}
-
-template <typename Code, typename Out>
-constexpr Out read_code(const WindowGather& gather, int64_t row, int category) {
-  const Code code = static_cast<const Code*>(gather.codes)[row * gather.num_categories + category];
-  return static_cast<int32_t>(code) >= gather.cuts[category] ? Out{1} : static_cast<Out>(code);
 }
 
 // Calls launch.template operator()<Code, Out>() for these widths.

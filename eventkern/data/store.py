@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import json
 import weakref
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +26,8 @@ import torch
 from numpy.typing import NDArray
 
 from eventkern import _C
+from eventkern.data.checksums import file_checksum, sizes_checksum
+from eventkern.data.entity_index import EntityIndex, index_fault
 from eventkern.data.schema import DataError, Schema
 
 FORMAT = "eventkern event store"
@@ -35,26 +35,11 @@ FORMAT_VERSION = 1
 PAGE_BYTES = 4096
 BLOCK_ROWS = 1 << 14
 CHECKED_AT_OPEN_BYTES = 1 << 28
-"""Codes are compared with their sizes when a store opens, up to this many bytes (256 MiB); `verify=True` reads all."""
+"""A store.bin up to this size (256 MiB, a quarter of a second) is read whole when it opens; `verify=True` reads any."""
 
 Split = Literal["train", "validation"]
 PADDING, MISSING = "(padding)", "(missing)"
 AGAIN = "prepare the store again"
-
-
-@dataclass(frozen=True)
-class EntityIndex:
-    """Rows of each entity: entity e owns rows[offsets[e] : offsets[e + 1]], in time order.
-
-    Args:
-        entity_of_row: (N,) int32, -1 where the row has no entity.
-        offsets: (entities + 1,) int64.
-        rows: (M,) int64, M the rows that have an entity.
-    """
-
-    entity_of_row: NDArray[np.int32]
-    offsets: NDArray[np.int64]
-    rows: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -102,6 +87,8 @@ class EventStore:
             section["name"]: Section(section["name"], section["dtype"], tuple(section["shape"]), section["offset"])
             for section in info["sections"]
         }
+        self._opened: tuple[int, int, tuple[int, int]]
+        self._file: NDArray[np.uint8]
         self._arrays: dict[str, NDArray[Any]] = {}
         self._indexes: dict[str, EntityIndex] = {}
         self._on_device: weakref.WeakValueDictionary[tuple[str, torch.device], torch.Tensor]
@@ -111,9 +98,13 @@ class EventStore:
     def open(cls, path: str | Path, *, verify: bool = False) -> EventStore:
         """Open a store by mapping it.
 
+        A store.bin of up to 256 MiB is read whole and its checksum compared, so that a change of any byte is seen. Of a
+        larger one the length, what store.json says of it, and the codes of its first 256 MiB are checked, and each
+        index when it is first asked for; give `verify=True` to have all of it read.
+
         Args:
             path: the folder that prepare wrote.
-            verify: also read the whole of store.bin, compare its checksum and check every code.
+            verify: read the whole of store.bin, whatever its size, compare its checksum and check every code.
 
         Raises:
             DataError: no store there, another format version, damaged or truncated files, or a code at or above its
@@ -188,6 +179,27 @@ class EventStore:
                 held.copy_(torch.frombuffer(mapped, dtype=torch.uint8))
             self._on_device[name, device] = held
         return held
+
+    def check_unchanged(self) -> None:
+        """Compare the length, time of change and identity of store.bin with those it had when this store was opened.
+
+        It costs a few microseconds, so loaders ask before each epoch. A file replaced by another keeps its pages while
+        this store maps them; one that is written to in place changes under the reader, and one cut short ends the
+        process that reads past its end (SIGBUS).
+
+        Raises:
+            DataError: they differ, or the file is gone.
+        """
+        binary = self.path / "store.bin"
+        if not binary.is_file():
+            raise DataError(f"{binary}: is gone since it was opened; {AGAIN}")
+        for what, held, opened in zip(
+            ("bytes", "time of change", "file"), _identity(binary), self._opened, strict=True
+        ):
+            if held != opened:
+                raise DataError(
+                    f"{binary}: changed since it was opened ({what}: {opened} then, {held} now); open it again"
+                )
 
     def sizes(self, id_category_size: int) -> tuple[int, ...]:
         """Classes of each category under a limit; a code at or above its category's size reads 1.
@@ -294,7 +306,9 @@ class EventStore:
 
     def _map(self, name: str) -> NDArray[Any]:
         if name not in self._arrays:
-            self._arrays[name] = self.sections[name].map(self.path / "store.bin")
+            section = self.sections[name]
+            held = self._file[section.offset : section.offset + section.num_bytes]
+            self._arrays[name] = held.view(section.dtype).reshape(section.shape)
         return self._arrays[name]
 
     def _check(self, verify: bool) -> None:
@@ -306,17 +320,27 @@ class EventStore:
             raise DataError(
                 f"{binary}: holds {held} bytes where store.json says {wanted}: truncated or damaged; {AGAIN}"
             )
+        if any(s.offset < 0 or min(s.shape) < 0 for s in self.sections.values()):
+            raise ValueError("a section begins or ends before 0")
+        # One map for all sections, so that they stay parts of one file even where its name is given to another.
+        self._opened = _identity(binary)
+        self._file = np.memmap(binary, np.uint8, "r") if wanted else np.empty(0, np.uint8)
+        is_read = verify or wanted <= CHECKED_AT_OPEN_BYTES
         is_changed = self.info["checksum"]["sizes"] != sizes_checksum(self.info)
-        # A size that is too small for the codes is named with its category, hence before any other change.
-        self._check_codes(self.num_events if verify else CHECKED_AT_OPEN_BYTES // self.codes[:1].nbytes)
+        is_damaged = is_read and self.info["checksum"]["store.bin"] != file_checksum(binary)
+        # A size that is too small for the codes is named with its category, hence before any other change. Codes of
+        # which nothing has changed are right.
+        if verify or is_damaged or is_changed or not is_read:
+            self._check_codes(self.num_events if is_read else CHECKED_AT_OPEN_BYTES // self.codes[:1].nbytes)
         if is_changed:
             raise DataError(f"{self.path / 'store.json'}: its sizes were changed after it was written; {AGAIN}")
-        if verify and self.info["checksum"]["store.bin"] != file_checksum(binary):
+        if is_damaged:
             raise DataError(f"{binary}: its checksum differs from the one in store.json: damaged; {AGAIN}")
 
     def _check_codes(self, most_rows: int) -> None:
-        for start in range(0, min(self.num_events, most_rows), BLOCK_ROWS):
-            block = self.codes[start : start + BLOCK_ROWS]
+        num_rows = min(self.num_events, most_rows)
+        for start in range(0, num_rows, BLOCK_ROWS):
+            block = self.codes[start : min(start + BLOCK_ROWS, num_rows)]
             above = (block.max(axis=0) >= self.class_sizes) | (block.min(axis=0) < 0)
             if above.any():
                 column = int(above.argmax())
@@ -328,68 +352,9 @@ class EventStore:
                 )
 
 
-def index_fault(index: EntityIndex, num_events: int) -> tuple[str, str] | None:
-    """The section at fault and what is wrong with it; None: each row with an entity is listed once, in its place."""
-    numbers, offsets, rows = index.entity_of_row, index.offsets, index.rows
-    if len(numbers) != num_events:
-        return "entity_of_row", f"has {len(numbers)} rows where the store has {num_events}"
-    if len(offsets) == 0 or offsets[0] != 0:
-        return "offsets", "does not begin with 0"
-    for start in range(0, len(offsets), BLOCK_ROWS):
-        block = offsets[start : start + BLOCK_ROWS + 1]  # one more: the step into the next block counts too
-        is_back = block[1:] < block[:-1]
-        if is_back.any():
-            return "offsets", f"decreases after entity {start + int(is_back.argmax())}"
-    if offsets[-1] != len(rows):
-        return "offsets", f"ends with {offsets[-1]} where {len(rows)} rows are listed"
-    num_listed, num_entities = 0, len(offsets) - 1
-    for start in range(0, num_events, BLOCK_ROWS):
-        owners = numbers[start : start + BLOCK_ROWS]
-        if owners.min() < -1 or owners.max() >= num_entities:
-            bad = start + int(((owners < -1) | (owners >= num_entities)).argmax())
-            return "entity_of_row", f"holds {numbers[bad]} at row {bad}, and there are {num_entities} entities"
-        num_listed += int(np.count_nonzero(owners >= 0))
-    if num_listed != len(rows):
-        return "rows", f"lists {len(rows)} rows where {num_listed} have an entity"
-    before, before_owner = -1, -1
-    for start in range(0, len(rows), BLOCK_ROWS):
-        block = rows[start : start + BLOCK_ROWS]
-        if block.min() < 0 or block.max() >= num_events:
-            bad = start + int(((block < 0) | (block >= num_events)).argmax())
-            return "rows", f"holds {rows[bad]} at position {bad}, and there are {num_events} events"
-        positions, owners = np.arange(start, start + len(block)), numbers[block]
-        is_foreign = (owners < 0) | (positions < offsets[owners]) | (positions >= offsets[owners + 1])
-        if is_foreign.any():
-            bad = start + int(is_foreign.argmax())
-            return "rows", f"holds {rows[bad]} at position {bad}, a row of another entity"
-        is_same = owners == np.concatenate(([before_owner], owners[:-1]))
-        is_back = is_same & (block <= np.concatenate(([before], block[:-1])))
-        if is_back.any():
-            bad = start + int(is_back.argmax())
-            return "rows", f"holds {rows[bad]} at position {bad}, out of time order"
-        before, before_owner = int(block[-1]), int(owners[-1])
-    return None
-
-
 def floor_key(info: dict[str, Any], id_category_size: int) -> int:
     """Sizes beyond the largest category cut nothing, so they share one floor."""
     return min(id_category_size, max(int(category["size"]) for category in info["categories"]))
-
-
-def sizes_checksum(info: dict[str, Any]) -> str:
-    """SHA-256 of what the reading of store.bin depends on."""
-    read = {key: info[key] for key in ("format_version", "num_events", "split_row", "sections", "file_bytes", "schema")}
-    read["sizes"] = [category["size"] for category in info["categories"]]
-    return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
-
-
-def file_checksum(file: Path) -> str:
-    """CRC-32 of a file, in hexadecimal."""
-    checksum = 0
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            checksum = zlib.crc32(block, checksum)
-    return f"crc32:{checksum:08x}"
 
 
 def code_dtype(sizes: tuple[int, ...]) -> str:
@@ -405,6 +370,11 @@ def lay_out(arrays: list[tuple[str, str, tuple[int, ...]]]) -> tuple[list[Sectio
         sections.append(Section(name, dtype, shape, -(-end // PAGE_BYTES) * PAGE_BYTES))
         end = sections[-1].offset + sections[-1].num_bytes
     return sections, end
+
+
+def _identity(file: Path) -> tuple[int, int, tuple[int, int]]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns, (status.st_dev, status.st_ino)
 
 
 def _read_info(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from eventkern import _C
-from eventkern.data.store import EntityIndex, index_fault
+from eventkern.data.entity_index import EntityIndex, index_fault
 
 NUM_EVENTS, GUARD = 401, 12345
 CATEGORIES = [1, 2, 3, 15, 16, 17, 31, 32, 33, 64]

@@ -1,8 +1,11 @@
 import itertools
 import json
+import os
 import pickle
+import shutil
 import weakref
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from eventkern.data import entity_index
 from eventkern.data import store as store_module
 from eventkern.data.prepare import prepare
 from eventkern.data.schema import Category, DataError, Schema, Stream
@@ -314,7 +318,8 @@ DAMAGED_INDEXES = {
 def test_a_damaged_index_is_named_before_it_is_read(
     store: EventStore, monkeypatch: pytest.MonkeyPatch, damage: str, block_rows: int
 ) -> None:
-    monkeypatch.setattr(store_module, "BLOCK_ROWS", block_rows)
+    monkeypatch.setattr(entity_index, "BLOCK_ROWS", block_rows)
+    monkeypatch.setattr(store_module, "CHECKED_AT_OPEN_BYTES", 0)  # a large store: nobody reads it whole
     assert EventStore.open(store.path).index("who").offsets[-1] == 390
     part, place, value, message = DAMAGED_INDEXES[damage]
     section = store.sections[f"{part}:who"].map(store.path / "store.bin", "r+")
@@ -343,15 +348,73 @@ def test_a_truncated_store_is_refused(store: EventStore, num_bytes: int) -> None
         EventStore.open(store.path)
 
 
-def test_verify_reads_everything(store: EventStore) -> None:
-    EventStore.open(store.path, verify=True)
-    section = store.sections["timestamps"]
-    section.map(store.path / "store.bin", "r+")[3] += 1
+CHANGED = r"store.bin: its checksum differs from the one in store.json: damaged; prepare"
+
+
+@pytest.mark.parametrize("name", ["codes", "timestamps", "entity_of_row:who", "offsets:where", "rows:who"])
+def test_a_change_of_any_byte_is_seen_at_open(store: EventStore, name: str) -> None:
     EventStore.open(store.path)
-    with pytest.raises(
-        DataError, match=r"store.bin: its checksum differs from the one in store.json: damaged; prepare"
-    ):
+    section = store.sections[name].map(store.path / "store.bin", "r+")
+    if name == "codes":
+        section[7, 2] = 2 + 3 - section[7, 2]  # the other class of a flag: one that is in range
+    else:
+        section[3] += 1
+    with pytest.raises(DataError, match=CHANGED):
+        EventStore.open(store.path)
+
+
+def test_a_large_store_is_read_whole_when_asked(store: EventStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = (store.path / "store.bin").stat().st_size
+    store.sections["timestamps"].map(store.path / "store.bin", "r+")[3] += 1
+    monkeypatch.setattr(store_module, "CHECKED_AT_OPEN_BYTES", size - 1)
+    EventStore.open(store.path)
+    with pytest.raises(DataError, match=CHANGED):
         EventStore.open(store.path, verify=True)
+    set_code(store, 17, 2, 9)
+    with pytest.raises(DataError, match="row 17 holds code 9"):
+        EventStore.open(store.path)
+    monkeypatch.setattr(store_module, "CHECKED_AT_OPEN_BYTES", 17 * store.codes[:1].nbytes)
+    EventStore.open(store.path)  # row 17 lies beyond what is checked
+    with pytest.raises(DataError, match="row 17 holds code 9"):
+        EventStore.open(store.path, verify=True)
+
+
+def shorten(binary: Path) -> None:
+    os.truncate(binary, binary.stat().st_size - 1)
+
+
+def touch(binary: Path) -> None:
+    os.utime(binary, ns=(0, binary.stat().st_mtime_ns + 1))
+
+
+def replace_by_a_copy(binary: Path) -> None:
+    shutil.copy2(binary, binary.with_suffix(".copy"))
+    binary.with_suffix(".copy").replace(binary)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (shorten, r"changed since it was opened \(bytes: (\d+) then, \d+ now\); open it again"),
+        (touch, r"changed since it was opened \(time of change: "),
+        (replace_by_a_copy, r"changed since it was opened \(file: "),
+        (Path.unlink, "is gone since it was opened"),
+    ],
+)
+def test_a_change_after_the_opening_is_named(store: EventStore, change: Callable[[Path], None], message: str) -> None:
+    store.check_unchanged()
+    change(store.path / "store.bin")
+    with pytest.raises(DataError, match=f"store.bin: {message}"):
+        store.check_unchanged()
+
+
+def test_a_store_stays_one_file_when_another_takes_its_name(store: EventStore) -> None:
+    timestamps = store.timestamps.copy()
+    opened = EventStore.open(store.path)
+    assert opened.codes.tolist() == store.codes.tolist()
+    (store.path / "store.bin").rename(store.path / "old.bin")
+    (store.path / "store.bin").write_bytes(bytes((store.path / "old.bin").stat().st_size))
+    assert opened.timestamps.tolist() == timestamps.tolist()  # a section that nobody had asked for
 
 
 def test_no_such_folder(tmp_path: Path) -> None:
