@@ -7,12 +7,15 @@
 // MurmurHash3's finaliser (Appleby, 2011).
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 
 namespace eventkern {
 
 inline constexpr int kFeistelRounds = 8;
+inline constexpr uint32_t kFeistelMultiplier = 0x9E3779B1u;  // the prime nearest to 2^32 over the golden ratio
+inline constexpr int kMinDomainBits = 8;                     // halves of fewer than 4 bits mix too slowly
 inline constexpr int64_t kMaxPermutationSize = int64_t{1}
                                                << 48;  // each half then fits 24 bits, so rounds stay in 32-bit lanes
 
@@ -35,10 +38,10 @@ constexpr uint64_t splitmix64(uint64_t x) {
 constexpr Permutation make_permutation(uint64_t n, uint64_t seed, uint64_t epoch, uint64_t part) {
   Permutation permutation{};
   permutation.n = n;
-  const int domain_bits = n > 1 ? std::bit_width(n - 1) : 0;
+  const int domain_bits = std::max(static_cast<int>(std::bit_width(n - 1)), kMinDomainBits);
   permutation.high_bits = domain_bits / 2;
   permutation.low_bits = domain_bits - permutation.high_bits;
-  uint64_t state = splitmix64(splitmix64(splitmix64(seed) ^ epoch) ^ part);
+  uint64_t state = splitmix64(splitmix64(splitmix64(splitmix64(n) ^ seed) ^ epoch) ^ part);
   for (int round = 0; round < kFeistelRounds; ++round) {
     state = splitmix64(state);
     permutation.keys[round] = static_cast<uint32_t>(state >> 32);
@@ -46,22 +49,22 @@ constexpr Permutation make_permutation(uint64_t n, uint64_t seed, uint64_t epoch
   return permutation;
 }
 
-// The upper bits of the last product are the well-mixed ones, so a half of `bits` bits is cut from the top.
-constexpr uint32_t feistel_round(uint32_t half, uint32_t key, int bits) {
-  uint32_t hash = (half ^ key) * 0x9E3779B1u;
-  hash = (hash ^ (hash >> 15)) * 0x85EBCA6Bu;
-  hash ^= hash >> 13;
-  return static_cast<uint32_t>((static_cast<uint64_t>(hash) << bits) >> 32);
+// One half changes by the upper bits, those that every lower bit reaches, of a quadratic in the other. That takes two
+// multiply-adds, a shift and an exclusive or; on a GPU it is the latter two that an index costs. Half is one half, or a
+// vector of halves, which goes by reference because no vector may cross a call.
+template <typename Half>
+[[gnu::always_inline]] constexpr void feistel_round(Half& changed, const Half& half, const Half& key, int bits) {
+  const Half mixed = half * kFeistelMultiplier + key;
+  changed ^= (mixed * mixed + mixed) >> (32 - bits);
 }
 
 // One pass through the network: a bijection of [0, 2^(high_bits + low_bits)).
 constexpr uint64_t permute_domain(const Permutation& permutation, uint64_t value) {
   uint32_t high = static_cast<uint32_t>(value >> permutation.low_bits);
   uint32_t low = static_cast<uint32_t>(value) & ((1u << permutation.low_bits) - 1);
-#pragma GCC unroll 8
   for (int round = 0; round < kFeistelRounds; round += 2) {
-    high ^= feistel_round(low, permutation.keys[round], permutation.high_bits);
-    low ^= feistel_round(high, permutation.keys[round + 1], permutation.low_bits);
+    feistel_round(high, low, permutation.keys[round], permutation.high_bits);
+    feistel_round(low, high, permutation.keys[round + 1], permutation.low_bits);
   }
   return (static_cast<uint64_t>(high) << permutation.low_bits) | low;
 }
