@@ -44,11 +44,10 @@ class Budget:
 
     pass_s: float
     layer_s: float
-    layout_s: float
 
 
-FULL = Budget(pass_s=3.0, layer_s=24.0, layout_s=2.0)
-QUICK = Budget(pass_s=0.25, layer_s=1.5, layout_s=0.4)
+FULL = Budget(pass_s=1.0, layer_s=36.0)
+QUICK = Budget(pass_s=0.2, layer_s=2.0)
 
 
 class Study:
@@ -84,7 +83,7 @@ class Study:
 
     def _measure_layouts(self, store: EventStore, folder: Path) -> None:
         parsers = [parser for parser in data.PARSERS.values() if parser is data.ARRAY or find_spec("pandas")]
-        figures, self.layouts = measure_layouts(store, folder, self.counts, parsers, self.seed, self.budget.layout_s)
+        figures, self.layouts = measure_layouts(store, folder, self.counts, parsers, self.seed, self.budget.pass_s)
         self.figures += figures
 
     def _measure_layers(self, store: EventStore, folder: Path) -> None:
@@ -156,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
     budget = QUICK if options.quick else FULL
     if options.pass_seconds:
         seconds = options.pass_seconds
-        budget = Budget(pass_s=seconds, layer_s=8 * seconds, layout_s=seconds)
+        budget = Budget(pass_s=seconds, layer_s=36 * seconds)
     keep_freed_memory()
     facts = environment()
     console = Console()

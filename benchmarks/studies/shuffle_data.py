@@ -125,10 +125,10 @@ def frame_row(frame: Any, row: int) -> Tensor:
 def frame_window(frame: Any, row: int) -> Tensor:
     """The rows around one, zeros where the file holds fewer."""
     start = max(0, row - WINDOW_BEFORE)
-    window = torch.zeros(WINDOW_ROWS, NUM_CATEGORIES, dtype=torch.int32)
     rows = frame.iloc[start : start + WINDOW_ROWS].to_numpy(np.int32)
-    window[: len(rows)] = torch.from_numpy(rows)
-    return window
+    window = np.zeros((WINDOW_ROWS, NUM_CATEGORIES), np.int32)
+    window[: len(rows)] = rows
+    return torch.from_numpy(window)
 
 
 ARRAY = Parser("pyarrow to one array, a row of it", load_array, array_row)

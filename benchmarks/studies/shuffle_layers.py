@@ -224,7 +224,7 @@ def cold_layer(store: EventStore, seed: int) -> tuple[list[Contender], str]:
 
     build = partial(loader_peers.store_batches, store, BATCH_SIZE, seed=seed)
     epochs = {IN_ORDER: build(shuffle=False), SHUFFLED: build(shuffle=True)}
-    if has_window():
+    if store.num_events > WINDOW and has_window():
         epochs[WINDOWED] = build(shuffle=True, window=WINDOW)
     n = store.num_events
     # The first rows find less in the cache than the last ones, so a part would not stand for the whole.

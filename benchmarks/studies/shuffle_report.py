@@ -154,8 +154,8 @@ def culprit_text(figures: list[Figure], base: Layout, verdict: Verdict) -> str:
     return (
         f"At {n:,} events the pipeline of the notes, here over {base.num_files} Parquet files ({base.parser}), the "
         f"layout whose ratio came nearest to {steps.NOTED_RATIO:.0f}, takes {cell(found[IN_ORDER])} an epoch in order "
-        f"and {cell(found[SHUFFLED])} shuffled: {ratio_text(found)} times as long (~ marks what was extrapolated from a "
-        f"timed part). With one layer at a time replaced by ours (what two layers share counts with both): {left}. "
+        f"and {cell(found[SHUFFLED])} shuffled: {ratio_text(found)} times as long (~ marks what was extrapolated from "
+        f"a timed part). With one layer at a time replaced by ours (what two layers share counts with both): {left}. "
         f"{judgement} The files that a shuffled epoch reads beyond those of an in-order one, at "
         f"{seconds_text(base.load_s)} as one takes alone, make {verdict.read_share:.0%} of the added time. Batches of "
         f"{large[SHUFFLED].batch_size:,} read file by file leave {ratio_text(large)} times; {NUM_WORKERS} worker "
@@ -202,8 +202,8 @@ def unknown_text(layouts: list[Layout]) -> str:
     counts = [layout.num_files for layout in layouts]
     return (
         "What cannot be known without the notes' data: for F files of r rows, L seconds to read one and p seconds for "
-        "the rest of an item, the ratio is (p + L (1 - 1/F)) / (p + L / r). So it depends on the rows of a file, on the "
-        f"parser, and on what an item costs in order: from {min(ratios):,.0f} to {max(ratios):,.0f} over the layouts "
+        "the rest of an item, the ratio is (p + L (1 - 1/F)) / (p + L / r). So it depends on the rows of a file, on "
+        f"the parser, and on what an item costs in order: {min(ratios):,.0f} to {max(ratios):,.0f} over the layouts "
         f"measured here. Between {min(counts):,} and {max(counts):,} files it passes {steps.NOTED_RATIO:.0f} "
         f"{', '.join(passed)}; what p would give {steps.NOTED_RATIO:.0f} with other items the table of layouts tells. "
         "The files, the parser and the items of the notes are not published, so this shows a cause that suffices and "
@@ -272,16 +272,11 @@ def draw(path: Path, figures: list[Figure], n: int) -> None:
     for axis, layer in zip(axes, panels, strict=True):
         for place, (_name, orders) in enumerate(lines[layer].items()):
             in_order, shuffled = orders[IN_ORDER], orders[SHUFFLED]
-            axis.barh(place - 0.2, in_order.seconds, 0.38, color="#4c78a8", label=IN_ORDER if place == 0 else None)
-            axis.barh(
-                place + 0.2,
-                shuffled.seconds,
-                0.38,
-                color="#f58518",
-                hatch="//" if shuffled.is_extrapolated else None,
-                edgecolor="white",
-                label=SHUFFLED if place == 0 else None,
-            )
+            for figure, offset, colour in ((in_order, -0.2, "#4c78a8"), (shuffled, 0.2, "#f58518")):
+                hatch = "//" if figure.is_extrapolated else None
+                label = figure.order if place == 0 else None
+                bar = {"color": colour, "hatch": hatch, "edgecolor": "white", "label": label}
+                axis.barh(place + offset, figure.seconds, 0.38, **bar)
             axis.annotate(
                 f"{ratio_text(orders)}x",
                 (max(shuffled.seconds, in_order.seconds), place),
