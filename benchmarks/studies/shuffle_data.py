@@ -297,6 +297,16 @@ def drop_from_cache(file: Path, mapped: NDArray[Any]) -> float:
     return resident_share(mapped)
 
 
+def read_ahead_kib(file: Path) -> int | None:
+    """What the file's disk reads ahead at most; None where the system does not say."""
+    device = file.stat().st_dev
+    for place in ("", "../"):  # a partition is told of beside its disk
+        setting = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}") / place / "queue/read_ahead_kb"
+        if setting.is_file():
+            return int(setting.read_text())
+    return None
+
+
 def _pages(mapped: NDArray[Any]) -> tuple[int, int]:
     """Where a map begins, rounded down to a page, and the bytes from there to its end."""
     start = mapped.ctypes.data // os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PAGE_SIZE")
