@@ -214,8 +214,8 @@ def cold_layer(store: EventStore, seed: int) -> tuple[list[Contender], str]:
     ahead = data.read_ahead_kib(file)
     seen = (
         f"mincore saw {warm_share:.1%} of the rows' pages in the page cache before the drop and {cold_share:.1%} after "
-        f"it; the disk reads ahead {'as it likes' if ahead is None else f'up to {ahead:,} KiB'}, and what caches it or a "
-        "host of this machine has besides are not dropped"
+        f"it; the disk reads ahead {'as it likes' if ahead is None else f'up to {ahead:,} KiB'}, and caches of its own or "
+        "of a host of this machine are not dropped"
     )
     if not (warm_share > 1 - COLD_SHARE and cold_share <= COLD_SHARE):
         return [], f"not measured: {seen}"
