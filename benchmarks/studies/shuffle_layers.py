@@ -211,11 +211,11 @@ def cold_layer(store: EventStore, seed: int) -> tuple[list[Contender], str]:
     file = store.path / "store.bin"
     store.rows(torch.arange(store.num_events))
     warm_share, cold_share = data.resident_share(store.codes), data.drop_from_cache(file, store.codes)
-    ahead = data.read_ahead_kib(file)
+    ahead_kib = data.read_ahead_kib(file)
     seen = (
         f"mincore saw {warm_share:.1%} of the rows' pages in the page cache before the drop and {cold_share:.1%} after "
-        f"it; the disk reads ahead {'as it likes' if ahead is None else f'up to {ahead:,} KiB'}, and caches of its own or "
-        "of a host of this machine are not dropped"
+        f"it; {f'the system reads up to {ahead_kib:,} KiB ahead, and ' if ahead_kib else ''}caches of the disk itself, "
+        "or of a host of this machine, are not dropped"
     )
     if not (warm_share > 1 - COLD_SHARE and cold_share <= COLD_SHARE):
         return [], f"not measured: {seen}"
