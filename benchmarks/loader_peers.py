@@ -188,12 +188,12 @@ def getitems_batches(rows: Tensor, batch_size: int, *, shuffle: bool, seed: int,
 
 
 def index_select_batches(rows: Tensor, batch_size: int, *, shuffle: bool, seed: int) -> RowEpochs:
-    """No loader: torch.randperm and index_select, or slices where the order is the rows' own."""
+    """No loader: torch.randperm and index_select, or copies of slices where the order is the rows' own."""
     orders = randperm_indices(len(rows), batch_size, shuffle=True, seed=seed)
 
     def epoch() -> Iterator[Tensor]:
         if not shuffle:
-            return iter(rows.split(batch_size))
+            return (batch.clone() for batch in rows.split(batch_size))
         return (rows.index_select(0, torch.as_tensor(indices)) for indices in orders())
 
     return epoch

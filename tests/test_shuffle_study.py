@@ -26,7 +26,7 @@ from benchmarks.studies.shuffle_layers import (
 from benchmarks.studies.shuffle_timing import Contender, Figure, Pass, Timing, measure, time_pass
 from eventkern.data import EventStore
 
-NUM_EVENTS = 700
+NUM_EVENTS = 300
 ROWS_PER_FILE = 64
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

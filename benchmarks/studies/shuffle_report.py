@@ -194,10 +194,10 @@ def ours_text(figures: list[Figure], n: int) -> str:
 
 def unknown_text(layouts: list[Layout]) -> str:
     """What the notes do not tell, and how the ratio depends on it."""
-    passed = [
-        f"at about {count:,.0f} files for '{parser}'" if count else f"nowhere for '{parser}'"
-        for parser, count in steps.crossings(layouts).items()
-    ]
+    crossings = steps.crossings(layouts)
+    passed = [f"with '{parser}' at about {count:,.0f} files" for parser, count in crossings.items() if count]
+    missed = [f"'{parser}'" for parser, count in crossings.items() if not count]
+    passes = ", ".join([*passed, *([f"not with {' or '.join(missed)}"] if missed else [])])
     ratios = [layout.ratio for layout in layouts]
     counts = [layout.num_files for layout in layouts]
     return (
@@ -205,7 +205,7 @@ def unknown_text(layouts: list[Layout]) -> str:
         "the rest of an item, the ratio is (p + L (1 - 1/F)) / (p + L / r). So it depends on the rows of a file, on "
         f"the parser, and on what an item costs in order: {min(ratios):,.0f} to {max(ratios):,.0f} over the layouts "
         f"measured here. Between {min(counts):,} and {max(counts):,} files it passes {steps.NOTED_RATIO:.0f} "
-        f"{', '.join(passed)}; what p would give {steps.NOTED_RATIO:.0f} with other items the table of layouts tells. "
+        f"{passes}; what p would give {steps.NOTED_RATIO:.0f} with other items the table of layouts tells. "
         "The files, the parser and the items of the notes are not published, so this shows a cause that suffices and "
         "what the other layers can add, not their very files."
     )
