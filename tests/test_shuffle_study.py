@@ -14,14 +14,17 @@ from numpy.typing import NDArray
 
 from benchmarks.studies import shuffle, shuffle_data, shuffle_ladder, shuffle_report, shuffle_timing
 from benchmarks.studies.shuffle_data import NUM_CATEGORIES, PARSERS, Parts
-from benchmarks.studies.shuffle_ladder import ALONE, BASE, FETCH, ORDER, STORAGE, Layout, judge, ladder
+from benchmarks.studies.shuffle_ladder import ALONE, BASE, FETCH, LARGE_FETCH, ORDER, STORAGE, Layout, judge, ladder
 from benchmarks.studies.shuffle_layers import (
     IN_ORDER,
+    NUM_WORKERS,
+    PARQUET,
     SHUFFLED,
     fetch_layer,
     order_layer,
     storage_layer,
     worker_layer,
+    worker_name,
 )
 from benchmarks.studies.shuffle_timing import Contender, Figure, Pass, Timing, measure, time_pass
 from eventkern.data import EventStore
@@ -224,6 +227,7 @@ def test_the_verdict_follows_the_figures(culprit: str) -> None:
     assert verdict.base_ratio == 141
     assert verdict.removed[culprit] == pytest.approx(0.95)
     assert verdict.read_share == pytest.approx(890 * 0.1 / 140)
+    assert f"the layer that carries the ratio is **{culprit}**" in judged_in_words(seconds)
 
 
 def test_no_layer_is_blamed_for_what_it_does_not_carry() -> None:
@@ -231,6 +235,20 @@ def test_no_layer_is_blamed_for_what_it_does_not_carry() -> None:
     assert judge(figures_of(shared), 1_000, 0.1).culprit is None
     free = {BASE: (1.0, 1.1), **dict.fromkeys(ALONE.values(), (1.0, 1.0))}
     assert judge(figures_of(free), 1_000, 0.1).culprit is None
+    assert "several of them carry the ratio together" in judged_in_words(shared)
+    assert "no layer is to blame" in judged_in_words(free)
+
+
+def judged_in_words(seconds: dict[str, tuple[float, float]]) -> str:
+    """What the study says of a ladder with these seconds."""
+    figures = figures_of({**seconds, LARGE_FETCH: (1.0, 2.0)})
+    workers = figures_of({worker_name(PARQUET, NUM_WORKERS): (1.0, 2.0)})
+    for figure in workers:
+        figure.layer = "workers"
+    base = Layout("parser", 9, 112, 0.1, 1.0, 141.0, 1_000, is_row=True)
+    text = shuffle_report.culprit_text(figures + workers, base, judge(figures, 1_000, base.load_s))
+    assert f"{seconds[BASE][1]:.3g} s shuffled" in text
+    return text
 
 
 def layout(num_files: int, ratio: float, load_s: float = 0.01) -> Layout:

@@ -34,6 +34,7 @@ COLD_SHARE = 0.01
 
 OURS = "eventkern IndexSampler, EventStore.rows"
 PARQUET = "DataLoader, one Parquet file kept"
+COLD, WARM = "page cache cold", "page cache warm"
 
 
 def both(build: Callable[..., Epochs], num_samples: int) -> dict[str, Pass]:
@@ -234,7 +235,7 @@ def cold_layer(store: EventStore, seed: int) -> tuple[list[Contender], str]:
     cold = {order: Pass(each, n, is_whole=True, prepare=drop) for order, each in epochs.items()}
     warm = {order: Pass(each, n, is_whole=True) for order, each in epochs.items()}
     contenders = [
-        Contender("page cache cold", cold, BATCH_SIZE, is_ours=True),
-        Contender("page cache warm", warm, BATCH_SIZE, is_ours=True),
+        Contender(COLD, cold, BATCH_SIZE, is_ours=True),
+        Contender(WARM, warm, BATCH_SIZE, is_ours=True),
     ]
     return contenders, seen

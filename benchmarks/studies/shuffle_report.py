@@ -11,7 +11,17 @@ from benchmarks.environment import hardware_slug
 from benchmarks.report import finite
 from benchmarks.studies import shuffle_ladder as steps
 from benchmarks.studies.shuffle_ladder import Layout, Verdict
-from benchmarks.studies.shuffle_layers import IN_ORDER, NUM_WORKERS, OURS, PARQUET, SHUFFLED, WINDOWED, worker_name
+from benchmarks.studies.shuffle_layers import (
+    COLD,
+    IN_ORDER,
+    NUM_WORKERS,
+    OURS,
+    PARQUET,
+    SHUFFLED,
+    WARM,
+    WINDOWED,
+    worker_name,
+)
 from benchmarks.studies.shuffle_timing import Figure
 
 TITLES = {
@@ -133,7 +143,7 @@ def conclusion(
             f"With the same {base.rows_per_file:,} rows a file, shuffled over in order is for the notes' pipeline at "
             f"{', at '.join(others)}. A single file that holds all rows is never read again, whatever the order.",
         )
-    return text + [f"Page cache, {size:,} events: {words}." for size, words in sorted(cold.items())]
+    return text + [f"EventStore.rows at {size:,} events, {words}." for size, words in sorted(cold.items())]
 
 
 def culprit_text(figures: list[Figure], base: Layout, verdict: Verdict) -> str:
@@ -212,18 +222,21 @@ def unknown_text(layouts: list[Layout]) -> str:
 
 
 def cold_text(figures: list[Figure], n: int, seen: str) -> str:
-    """The cold passes of one size in words."""
+    """One size's epochs from a cold and from a warm page cache in words."""
     lines = by_contender(figures, "cold")
-    if ("page cache cold", n) not in lines:
+    if (COLD, n) not in lines:
         return seen
-    cold, warm = lines["page cache cold", n], lines["page cache warm", n]
-    base = cold[IN_ORDER].seconds
-    parts = [
-        f"{order} {seconds_text(figure.seconds)} ({figure.seconds / base:.2f} times in order; warm "
-        f"{seconds_text(warm[order].seconds)})"
-        for order, figure in cold.items()
-    ]
-    return f"{', '.join(parts)}; {seen}"
+    parts = []
+    for name in (COLD, WARM):
+        orders = lines[name, n]
+        in_order_s = orders[IN_ORDER].seconds
+        times = ", ".join(
+            f"{order} {seconds_text(figure.seconds)} ({figure.seconds / in_order_s:.3g} times)"
+            for order, figure in orders.items()
+            if order != IN_ORDER
+        )
+        parts.append(f"{name}: in order {seconds_text(in_order_s)}, {times}")
+    return "; ".join([*parts, seen])
 
 
 def markdown(
