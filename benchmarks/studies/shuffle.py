@@ -97,7 +97,7 @@ class Study:
         self._measure("storage", n, storage_layer(store, folder, files, parser, seed, pass_s))
         self._measure("workers", n, worker_layer(store, files, seed, pass_s))
         self._measure("ladder", n, ladder(store, files, seed, pass_s))
-        self.verdicts[n] = judge(self.figures, n, base.load_s)
+        self.verdicts[n] = judge(self.figures, n)
         contenders, seen = cold_layer(store, seed)
         self._measure("cold", n, contenders)
         self.cold[n] = report.cold_text(self.figures, n, seen)

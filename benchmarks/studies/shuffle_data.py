@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -159,6 +160,7 @@ class Parts(Dataset[Tensor]):
 
     Attributes:
         num_loads: parts read so far, by this process.
+        load_s: seconds that those reads took.
     """
 
     def __init__(
@@ -176,6 +178,7 @@ class Parts(Dataset[Tensor]):
         self.item = item
         self.is_cached = is_cached
         self.num_loads = 0
+        self.load_s = 0.0
         self.part = lru_cache(maxsize=int(is_cached))(self._load)
 
     @property
@@ -183,8 +186,15 @@ class Parts(Dataset[Tensor]):
         return -(-self.num_events // self.rows_per_part)
 
     def _load(self, number: int) -> Any:
+        start_s = time.perf_counter()
+        part = self.load(number)
+        self.load_s += time.perf_counter() - start_s
         self.num_loads += 1
-        return self.load(number)
+        return part
+
+    def reads(self) -> tuple[int, float]:
+        """Parts read so far, and the seconds that took."""
+        return self.num_loads, self.load_s
 
     def forget(self) -> None:
         """Drop the part that is kept."""

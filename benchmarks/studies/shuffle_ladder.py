@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 import shutil
 import statistics
-import time
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -67,8 +66,9 @@ class Layout:
         parser: how a file is read and an item cut.
         num_files: F.
         rows_per_file: r.
-        load_s: seconds of reading one file, the median of a few.
+        load_s: L, seconds of reading one file in the shuffled epoch.
         in_order_s: seconds of an in-order epoch.
+        in_order_load_s: seconds of it that went into reading files.
         shuffled_s: seconds of a shuffled epoch.
         num_events: N.
         is_row: whether an item is a single row.
@@ -79,6 +79,7 @@ class Layout:
     rows_per_file: int
     load_s: float
     in_order_s: float
+    in_order_load_s: float
     shuffled_s: float
     num_events: int
     is_row: bool
@@ -89,8 +90,8 @@ class Layout:
 
     @property
     def item_s(self) -> float:
-        """Seconds of an item in order, its share of the file's read left out."""
-        return self.in_order_s / self.num_events - self.load_s / self.rows_per_file
+        """p, seconds of an item in order without the read of its file."""
+        return (self.in_order_s - self.in_order_load_s) / self.num_events
 
     @property
     def noted_item_s(self) -> float:
@@ -113,25 +114,33 @@ def measure_layouts(
         paths = data.write_files(store.codes, folder / "layout", rows_per_file)
         for parser in parsers:
             files = data.parquet_files(paths, rows_per_file, n, parser)
-            loads = []
-            for path in [paths[0], *paths[:5]]:
-                start_s = time.perf_counter()
-                parser.load(path)
-                loads.append(time.perf_counter() - start_s)
             passes = parts_passes(files, partial(dataset_batches, batch_size=SMALL_BATCH_SIZE, seed=seed), pass_s)
             name = f"{parser.name}, {len(paths)} files"
             both_orders = measure(
                 "layout", n, [Contender(name, passes, SMALL_BATCH_SIZE)], pass_s, LAYOUT_PASSES * pass_s
             )
-            seconds = {figure.order: figure.seconds for figure in both_orders}
-            load_s = statistics.median(loads[1:])  # the first one also warms up
-            in_order_s, shuffled_s = seconds[IN_ORDER], seconds[SHUFFLED]
+            found = {figure.order: figure for figure in both_orders}
             layouts.append(
-                Layout(parser.name, len(paths), rows_per_file, load_s, in_order_s, shuffled_s, n, is_row=parser.is_row)
+                Layout(
+                    parser=parser.name,
+                    num_files=len(paths),
+                    rows_per_file=rows_per_file,
+                    load_s=read_s(found[SHUFFLED]),
+                    in_order_s=found[IN_ORDER].seconds,
+                    in_order_load_s=found[IN_ORDER].load_s,
+                    shuffled_s=found[SHUFFLED].seconds,
+                    num_events=n,
+                    is_row=parser.is_row,
+                )
             )
             figures += both_orders
         shutil.rmtree(folder / "layout")
     return figures, layouts
+
+
+def read_s(figure: Figure) -> float:
+    """Seconds of one read."""
+    return statistics.median((timing.load_s or 0.0) / (timing.num_loads or 1) for timing in figure.timings)
 
 
 def nearest(layouts: list[Layout]) -> Layout:
@@ -216,7 +225,7 @@ class Verdict:
         removed: by layer, the share of extra_s that is gone once the layer is replaced.
         ratios: by layer, the ratio that is left.
         culprit: the layer that removes most, if shuffling costs anything and that is more than half of it.
-        read_share: what the files' reads make of extra_s: how many more there were, at load_s each.
+        read_share: the share of extra_s that went into reading files.
     """
 
     base_ratio: float
@@ -227,8 +236,8 @@ class Verdict:
     read_share: float
 
 
-def judge(figures: list[Figure], num_events: int, load_s: float) -> Verdict:
-    """Which layer carries the ratio, from the ladder's figures alone; load_s, of one file, tells the reads' share."""
+def judge(figures: list[Figure], num_events: int) -> Verdict:
+    """Which layer carries the ratio, from the ladder's figures alone."""
     found = {
         (figure.contender, figure.order): figure
         for figure in figures
@@ -241,11 +250,6 @@ def judge(figures: list[Figure], num_events: int, load_s: float) -> Verdict:
     def ratio(name: str) -> float:
         return found[name, SHUFFLED].seconds / found[name, IN_ORDER].seconds
 
-    def reads(order: str) -> float:
-        """Files that an epoch reads."""
-        timings = found[BASE, order].timings
-        return num_events * statistics.median((timing.num_loads or 0) / timing.num_timed for timing in timings)
-
     base_s = extra_s(BASE)
     removed = {layer: 1 - extra_s(name) / base_s if base_s > 0 else 0.0 for layer, name in ALONE.items()}
     most = max(removed, key=lambda layer: removed[layer])
@@ -255,5 +259,5 @@ def judge(figures: list[Figure], num_events: int, load_s: float) -> Verdict:
         removed=removed,
         ratios={layer: ratio(name) for layer, name in ALONE.items()},
         culprit=most if ratio(BASE) > NO_COST_RATIO and removed[most] > 0.5 else None,
-        read_share=(reads(SHUFFLED) - reads(IN_ORDER)) * load_s / base_s,
+        read_share=(found[BASE, SHUFFLED].load_s - found[BASE, IN_ORDER].load_s) / base_s if base_s > 0 else 0.0,
     )

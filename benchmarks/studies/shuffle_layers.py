@@ -155,7 +155,7 @@ def parts_passes(
         len(head),
         stands_for=len(parts),
         is_whole=parts.is_cached,
-        num_loads=(lambda: head.num_loads) if is_counted else None,
+        reads=head.reads if is_counted else None,
         expected_loads=(lambda num_items: -(-num_items // parts.rows_per_part) if parts.is_cached else num_items)
         if is_counted
         else None,
@@ -164,7 +164,7 @@ def parts_passes(
     shuffled = Pass(
         build(parts, shuffle=True),
         len(parts),
-        num_loads=(lambda: parts.num_loads) if is_counted else None,
+        reads=parts.reads if is_counted else None,
         # A batch that is read part by part needs fewer.
         expected_loads=partial(data.expected_loads, parts) if is_counted and not is_by_part else None,
         prepare=parts.forget,

@@ -102,7 +102,7 @@ def layer_table(figures: list[Figure], layer: str) -> str:
 
 def layout_table(layouts: list[Layout]) -> str:
     """What a layout's ratio is made of."""
-    head = ("parser and item", "files", "rows a file", "read of a file", "item in order, read aside", "ratio")
+    head = ("parser and item", "files", "rows a file", "read of a file", "item in order, reads aside", "ratio")
     table: list[tuple[str, ...]] = [(*head, "item cost that would give 140")]
     table += [
         (
@@ -166,8 +166,8 @@ def culprit_text(figures: list[Figure], base: Layout, verdict: Verdict) -> str:
         f"layout whose ratio came nearest to {steps.NOTED_RATIO:.0f}, takes {cell(found[IN_ORDER])} an epoch in order "
         f"and {cell(found[SHUFFLED])} shuffled: {ratio_text(found)} times as long (~ marks what was extrapolated from "
         f"a timed part). With one layer at a time replaced by ours (what two layers share counts with both): {left}. "
-        f"{judgement} The files that a shuffled epoch reads beyond those of an in-order one, at "
-        f"{seconds_text(base.load_s)} as one takes alone, make {verdict.read_share:.0%} of the added time. Batches of "
+        f"{judgement} Timed inside the passes, reading files again made {verdict.read_share:.1%} of the added time, "
+        f"{seconds_text(steps.read_s(found[SHUFFLED]))} a read. Batches of "
         f"{large[SHUFFLED].batch_size:,} read file by file leave {ratio_text(large)} times; {NUM_WORKERS} worker "
         f"processes on the notes' pipeline {ratio_text(workers[worker_name(PARQUET, NUM_WORKERS), n])}."
     )

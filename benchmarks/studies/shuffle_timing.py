@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -25,7 +25,7 @@ class Pass:
         num_samples: samples of such an epoch.
         stands_for: samples that its seconds are told for; `num_samples` unless given.
         is_whole: never cut short, because its cost is not spread evenly over the samples.
-        num_loads: files or row groups read so far, where they are counted.
+        reads: files or row groups read so far and the seconds that took, where they are counted.
         expected_loads: reads that theory expects of so many samples.
         prepare: called before each epoch, untimed.
     """
@@ -34,7 +34,7 @@ class Pass:
     num_samples: int
     stands_for: int | None = None
     is_whole: bool = False
-    num_loads: Callable[[], int] | None = None
+    reads: Callable[[], tuple[int, float]] | None = None
     expected_loads: Callable[[int], float] | None = None
     prepare: Callable[[], object] | None = None
 
@@ -67,13 +67,15 @@ class Timing:
         first_s: until the first batch.
         num_timed: samples that really passed.
         num_loads: files or row groups read meanwhile; None where they are not counted.
-        expected_loads: what theory expects of num_timed samples.
+        load_s: seconds that those reads took.
+        expected_loads: reads that theory expects of num_timed samples.
     """
 
     seconds: float
     first_s: float
     num_timed: int
     num_loads: int | None = None
+    load_s: float | None = None
     expected_loads: float | None = None
 
 
@@ -105,6 +107,13 @@ class Figure:
         return statistics.median(timing.first_s for timing in self.timings)
 
     @property
+    def load_s(self) -> float:
+        """Seconds of an epoch that go into reads of files or row groups, where they were counted."""
+        return self.num_samples * statistics.median(
+            (timing.load_s or 0.0) / timing.num_timed for timing in self.timings
+        )
+
+    @property
     def num_timed(self) -> int:
         """Samples of the shortest pass."""
         return min(timing.num_timed for timing in self.timings)
@@ -133,14 +142,14 @@ def time_pass(each: Pass, budget_s: float, skip: int = 1) -> Timing:
     """Time one epoch; where it outlasts the budget, only its first part, at whose rate the others are taken to pass.
 
     What comes before the first `skip` batches are there (the order of the whole epoch, the start of processes) then
-    counts once, not in proportion.
+    counts once, not in proportion, and the budget begins after it.
 
     Raises:
         RuntimeError: the epoch brings more or fewer samples than it should.
     """
     if each.prepare:
         each.prepare()
-    loads_before = each.num_loads() if each.num_loads else 0
+    reads_before = each.reads() if each.reads else None
     start_s = time.perf_counter()
     batches = each.epochs()
     num_timed, marks = 0, []
@@ -152,7 +161,7 @@ def time_pass(each: Pass, budget_s: float, skip: int = 1) -> Timing:
     elapsed_s, chunk, is_dry = mark_s, 1, False
     num_batches, least_batches = 0, 2 * skip if skip > 1 else 1
     while num_timed < each.num_samples and not is_dry:
-        if elapsed_s > budget_s and num_batches >= least_batches and not each.is_whole:
+        if elapsed_s - mark_s > budget_s and num_batches >= least_batches and not each.is_whole:
             break
         before, before_s = num_timed, elapsed_s
         num_timed += sum(map(len, islice(batches, chunk)))
@@ -172,9 +181,12 @@ def time_pass(each: Pass, budget_s: float, skip: int = 1) -> Timing:
         seconds = mark_s + (elapsed_s - mark_s) / (num_timed - num_marked) * (n - num_marked)
     else:
         seconds = elapsed_s * n / num_timed
-    num_loads = each.num_loads() - loads_before if each.num_loads else None
     expected = each.expected_loads(num_timed) if each.expected_loads else None
-    return Timing(seconds, first_s, num_timed, num_loads, expected)
+    timing = Timing(seconds, first_s, num_timed, expected_loads=expected)
+    if each.reads is None or reads_before is None:
+        return timing
+    num_loads, load_s = each.reads()
+    return replace(timing, num_loads=num_loads - reads_before[0], load_s=load_s - reads_before[1])
 
 
 def measure(layer: str, num_events: int, contenders: list[Contender], pass_s: float, layer_s: float) -> list[Figure]:
