@@ -46,6 +46,7 @@ class EventLoader:
 
     Raises:
         ValueError: an argument out of its range, or a split without windows.
+        DataError: as a ValueError, when an iteration begins: the store's file changed since it was opened.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class EventLoader:
             yield from map(self._consumed, batches)  # no variable here may hold a batch that the consumer dropped
 
     def _placed(self) -> Generator[Placed]:
+        self.store.check_unchanged()
         is_resident = self._gatherer.device.type == "cuda"
         walk = self.sampler.walk(self.device if is_resident else "cpu")
         self.sampler.advance(self.sampler.start)  # a loaded position is for this iteration alone

@@ -1,6 +1,7 @@
 """EventLoader: every window against a brute-force oracle, leak tests, epochs, resuming, ranks, and the CUDA gather."""
 
 import itertools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -283,6 +284,15 @@ def test_a_split_without_windows_is_an_error(tmp_path):
     store = store_of(table, tmp_path)
     with pytest.raises(DataError, match="the train period has no event with a successor"):
         EventLoader(store, "train", **SETTINGS)
+
+
+def test_a_store_that_changes_is_named_before_the_next_epoch(tmp_path):
+    store = store_of(clicks(), tmp_path)
+    loader = EventLoader(store, "train", **SETTINGS)
+    next(iter(loader))
+    os.truncate(store.path / "store.bin", (store.path / "store.bin").stat().st_size - 1)
+    with pytest.raises(DataError, match=r"store\.bin: changed since it was opened"):
+        next(iter(loader))
 
 
 @pytest.mark.gpu
