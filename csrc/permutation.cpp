@@ -12,7 +12,7 @@ namespace {
 constexpr int kVectors = 4;                // permuted side by side, to hide the latency of a round
 constexpr int kGroup = kVectors * kLanes;  // values in them
 constexpr int kBlock = 2048;               // positions between two walks, 16 KiB of output and as much of walkers
-constexpr int64_t kGrain = 16384;          // fewer positions than this do not pay for a second thread
+constexpr int64_t kGrain = 1 << 17;        // fewer positions than this, 0.2 ms of work, do not pay for a second thread
 constexpr int kSlotBits = 16;  // a walker is one word: a value, which has 48 bits, above its slot in the block
 
 using WideLanes = uint64_t __attribute__((vector_size(64)));

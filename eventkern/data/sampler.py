@@ -11,7 +11,7 @@ from torch import Tensor
 from eventkern import _C
 from eventkern.data.permutation import MAX_KEY, PERMUTATION_VERSION, fill_permutation, permutation
 
-# Indices of many batches are made by one call: few enough to stay in cache, and enough to share among threads.
+# Indices of many batches are made by one call, few enough to stay in cache.
 MAX_CHUNK = 1 << 16
 MAX_CHUNK_BATCHES = 256
 # A window holds at least WINDOW_BLOCKS blocks of at most MAX_BLOCK samples.
