@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eventkern.train.atomic import write_file
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -146,10 +148,8 @@ class Ledger:
         }
 
     def save(self, path: Path) -> None:
-        """Writes ledger.json in one rename."""
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        """Writes ledger.json, whole or not at all."""
+        write_file(path, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
 
     def columns(self) -> tuple[str, ...]:
         """The headings of the table; a floor that is known nowhere has no column."""
