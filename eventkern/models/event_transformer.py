@@ -227,3 +227,30 @@ class EventTransformer(nn.Module):
         states_BTD = self.decode(batch.targets[:, :-1], self.encode(batch.sources))
         labels_BTC = batch.targets[:, 1:]
         return {"loss": self.heads(states_BTD, labels_BTC), "top1": self.heads.accuracy(states_BTD, labels_BTC)}
+
+    def tokens(self, batch: EventBatchLike) -> int:
+        """Events that go through the network, from the shapes alone: B (K S + T), padding included."""
+        batch_size, streams, source_events = batch.sources.shape[:3]
+        return batch_size * (streams * source_events + batch.targets.shape[1] - 1)
+
+    def flops(self, batch: EventBatchLike) -> int:
+        """Floating-point operations of a forward and a backward, from the shapes alone.
+
+        Counted are the products of matrices, a multiply and an add each: linear layers, attention's scores and their
+        weighted sums (causal ones in full), and the heads. The backward has two products for each of the forward; what
+        an implementation recomputes or skips is not counted, nor are lookups, norms and activations.
+
+        Source:
+            Chowdhery et al., 2022 (PaLM), appendix B: model FLOPs.
+        """
+        config, width = self.config, self.config.d_model
+        batch_size, streams, source_events = batch.sources.shape[:3]
+        target_events = batch.targets.shape[1] - 1
+        sources, targets, vectors = (batch_size * each for each in (streams * source_events, target_events, streams))
+        block = 12 * width**2  # an event's multiply-adds: 4 D^2 of self-attention, 8 D^2 of the feed-forward
+        encoder = sources * (block + 2 * source_events * width)
+        decoder = targets * (block + 2 * target_events * width)
+        cross_attention = targets * (2 * width**2 + 2 * streams * width) + vectors * 2 * width**2
+        heads = targets * width * sum(config.category_sizes)
+        layers = config.encoder_layers * encoder + config.decoder_layers * (decoder + cross_attention)
+        return 3 * 2 * (layers + heads)

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from eventkern.models import EventTransformer, EventTransformerConfig
 from eventkern.ops import use_reference
@@ -224,3 +226,30 @@ def test_twenty_steps_have_the_losses_of_the_reference_ops(generator):
     kernels, references = histories
     torch.testing.assert_close(kernels, references, rtol=2e-6, atol=0)
     assert (references[-1].sum() - references[0].sum()).abs() > 0.1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"encoder_layers": 1, "decoder_layers": 3, "src_seq_len": 11, "tgt_seq_len": 3},
+        {"num_streams": 1, "num_heads": 1, "d_model": 40, "positions": "sinusoidal"},
+    ],
+)
+def test_flops_are_those_that_torch_counts(change, generator):
+    """Equal to the last one: the reference ops and attention as plain products make every product visible to torch."""
+    config = replace(CONFIG, **change)
+    model, batch = EventTransformer(config), random_batch(config, generator, batch_size=3)
+    with use_reference(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(batch).sum().backward()
+    assert model.flops(batch) == counter.get_total_flops() > 0
+
+
+def test_flops_and_tokens_follow_the_batch(model, generator):
+    batch = random_batch(CONFIG, generator)
+    short = Batch(batch.sources[:2], batch.targets[:2, :4])
+    assert model.tokens(batch) == 4 * (3 * 7 + 6)
+    assert model.tokens(short) == 2 * (3 * 7 + 3)
+    with use_reference(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(short).sum().backward()
+    assert model.flops(short) == counter.get_total_flops() < model.flops(batch)
