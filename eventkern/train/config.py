@@ -63,6 +63,10 @@ class TrainerConfig:
     """Newest checkpoints kept, beside the best."""
     log_every: int = 50
     """Optimizer steps between logged steps; evaluated and saved steps are logged too."""
+    log: Literal["none", "wandb"] = "none"
+    """Where the numbers go beside the run folder: wandb is Weights & Biases ($WANDB_MODE=offline needs no account)."""
+    histograms: bool = False
+    """Histograms of weights and gradients at every evaluation; gradients then stay in memory until the next step."""
 
     def __post_init__(self) -> None:
         for key in ("epochs", "batch_size", "grad_accum", "log_every", "keep_checkpoints"):

@@ -1,22 +1,20 @@
-"""The log of a run: lines or a progress bar, metrics.jsonl, TensorBoard, and a picture of the loss at the end."""
+"""The log of a run: lines or a progress bar, metrics.jsonl, and the boards that show the same numbers."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from eventkern.train.atomic import write_file
+from eventkern.train.boards import Board, TensorBoard, WeightsAndBiases, has
 from eventkern.train.ledger import Ledger
+from eventkern.train.lines import heading, line
+from eventkern.train.protocols import TrainableModel
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,39 +25,60 @@ CURVES_FILE = "curves.png"
 INSTALL = "pip install 'eventkern[train]'"
 UNBOUNDED = 10_000
 """Wider than any table."""
+LINES_PER_HEADING = 20
 
 
 class RunLog:
     """Where a run's numbers go; use it as a context manager.
 
-    On a terminal there is a progress bar, elsewhere a line per logged step. What needs a package that is missing (rich,
-    tensorboard, matplotlib) is left out; event files and curves that will be missing are said once.
+    On a terminal there is a progress bar with the newest numbers below it, elsewhere a line per logged step. What needs
+    a package that is missing (rich, tensorboard, matplotlib) is left out; event files and curves that will be missing
+    are said once.
 
     Args:
         run_dir: folder of metrics.jsonl and the TensorBoard events; made if absent.
         names: names of the losses.
         total_steps: steps of the whole run.
         first_step: steps already taken: later rows of an earlier attempt are cut off.
+        log: "wandb" shows the run on Weights & Biases too.
+        settings: the run's configuration, for those who see it there.
+
+    Raises:
+        ConfigError: Weights & Biases was asked for and is not installed, or does not start.
     """
 
-    def __init__(self, run_dir: Path, names: Sequence[str], total_steps: int, first_step: int = 0) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        names: Sequence[str],
+        total_steps: int,
+        first_step: int = 0,
+        *,
+        log: str = "none",
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._names = tuple(names)
         self._total_steps = total_steps
         self._step = first_step
+        self._lines = 0
+        self._boards: list[Board] = []
+        if log == "wandb":
+            self._boards.append(WeightsAndBiases(run_dir, settings or {}))
+        if has("tensorboard"):
+            self._boards.append(TensorBoard(run_dir, first_step))
         cut_metrics(run_dir / METRICS_FILE, first_step)
         self._metrics = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
-        self._board = _open_board(run_dir, first_step)
-        self._progress: Progress | None = _progress_bar() if sys.stdout.isatty() and _has("rich") else None
-        if self._board is None:
+        self._progress: Progress | None = _progress_bar() if sys.stdout.isatty() and has("rich") else None
+        if not has("tensorboard"):
             self.say(f"tensorboard is not installed: no event files ({INSTALL})")
-        if not _has("matplotlib"):
+        if not has("matplotlib"):
             self.say(f"matplotlib is not installed: no {CURVES_FILE} ({INSTALL})")
 
     def __enter__(self) -> RunLog:
         if self._progress is not None:
             self._progress.start()
-            self._bar = self._progress.add_task("training", total=self._total_steps, completed=self._step, loss="")
+            self._bar = self._progress.add_task("training", total=self._total_steps, completed=self._step, numbers="")
         return self
 
     def __exit__(
@@ -67,12 +86,16 @@ class RunLog:
     ) -> None:
         if self._progress is not None:
             self._progress.stop()
-        if self._board is not None:
-            self._board.close()
         self._metrics.close()
+        for board in self._boards:
+            board.close(failed=error is not None)
 
     def say(self, text: str) -> None:
         """Prints a line, above the progress bar where there is one."""
+        self._lines = 0  # the heading scrolls away from its columns
+        self._print(text)
+
+    def _print(self, text: str) -> None:
         if self._progress is not None:
             self._progress.console.print(text, markup=False, highlight=False)
         else:
@@ -89,115 +112,68 @@ class RunLog:
         losses: Sequence[float],
         validation: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
-        """Logs a step.
+        """Logs a step, under the same names everywhere: those of `row`, and ``loss/<category>`` for each category;
+        of an evaluation validation_loss_sum, validation_loss_mean and ``validation_<metric>/<category>``.
 
         Args:
-            row: at least step, epoch, loss_sum, loss_mean, lr, grad_norm, events_per_s, step_ms, data_wait_share.
+            row: at least step, epoch, loss_sum, loss_mean, lr, grad_norm, and what a Meter reads; skipped_steps is 0
+                where it is absent.
             losses: (H,) the step's training loss of every category.
             validation: where the step was evaluated: "loss" and "top1", (H,) each.
         """
-        step = int(row["step"])
+        row = {**row, "skipped_steps": row.get("skipped_steps", 0), **self._named("loss", losses)}
         if validation is not None:
             total = math.fsum(validation["loss"])
-            row = {**row, "validation_loss_sum": total, "validation_loss_mean": total / len(self._names)}
-        self._metrics.write(json.dumps(row) + "\n")
+            row |= {"validation_loss_sum": total, "validation_loss_mean": total / len(self._names)}
+            for metric, values in validation.items():
+                row |= self._named(f"validation_{metric}", values)
+        # JSON knows no infinity: what is not finite is null
+        plain = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        self._metrics.write(json.dumps(plain, allow_nan=False) + "\n")
         self._metrics.flush()
-        if self._board is not None:
-            self._write_board(step, row, losses, validation)
+        for board in self._boards:
+            board.write(int(row["step"]), row)
+        self._show(row)
+
+    def write_histograms(self, step: int, model: TrainableModel) -> None:
+        """Shows the distribution of every parameter, and of its gradient where it has one, on the boards."""
+        tensors = {}
+        for name, parameter in model.named_parameters():
+            tensors[f"weights/{name}"] = parameter.detach().float().cpu()
+            if parameter.grad is not None:
+                tensors[f"gradients/{name}"] = parameter.grad.detach().float().cpu()
+        for board in self._boards:
+            board.write_histograms(step, tensors)
+
+    def _named(self, group: str, values: Sequence[float]) -> dict[str, float]:
+        return {f"{group}/{name}": value for name, value in zip(self._names, values, strict=True)}
+
+    def _show(self, row: Mapping[str, float]) -> None:
+        numbers = line(row, self._total_steps)
         if self._progress is not None:
-            self._progress.update(self._bar, completed=step, loss=f"loss {row['loss_sum']:.3f}")
-        else:
-            self.say(self._line(row))
+            numbers = f"{heading(self._total_steps)}\n{numbers}"
+            self._progress.update(self._bar, completed=row["step"], numbers=numbers)
+            return
+        if self._lines % LINES_PER_HEADING == 0:
+            self._print(heading(self._total_steps))
+        self._print(numbers)
+        self._lines += 1
+        if "validation_loss_sum" in row:
+            total, mean = row["validation_loss_sum"], row["validation_loss_mean"]
+            self.say(f"step {row['step']}: validation loss {total:.3f} (mean {mean:.4f})")
 
     def show_ledger(self, ledger: Ledger) -> None:
         """Prints the ledger, above the progress bar where there is one."""
+        self._lines = 0
         if self._progress is not None:
             print_table(self._progress.console, ledger)
         else:
             print_ledger(ledger)
 
-    def _line(self, row: Mapping[str, float]) -> str:
-        left_s = max(0, self._total_steps - row["step"]) * row["step_ms"] / 1e3
-        parts = [
-            f"step {row['step']}/{self._total_steps}",
-            f"epoch {row['epoch']}",
-            f"loss {row['loss_sum']:.3f} (mean {row['loss_mean']:.4f})",
-        ]
-        if "validation_loss_sum" in row:
-            parts.append(f"validation {row['validation_loss_sum']:.3f} (mean {row['validation_loss_mean']:.4f})")
-        parts += [
-            f"lr {row['lr']:.2e}",
-            f"grad norm {row['grad_norm']:.3f}",
-            f"{row['step_ms']:.1f} ms/step",
-            f"{row['events_per_s']:,.0f} events/s",
-            f"data wait {100 * row['data_wait_share']:.1f} %",
-            f"left {int(left_s // 60)}:{int(left_s % 60):02d}",
-        ]
-        return "  ".join(parts)
-
-    def _write_board(
-        self,
-        step: int,
-        row: Mapping[str, float],
-        losses: Sequence[float],
-        validation: Mapping[str, Sequence[float]] | None,
-    ) -> None:
-        scalars = {
-            "train/total": row["loss_sum"],
-            "train/mean": row["loss_mean"],
-            **{f"train/{name}": loss for name, loss in zip(self._names, losses, strict=True)},
-            **{f"train/{key}": row[key] for key in ("grad_norm", "lr", "events_per_s", "step_ms", "data_wait_share")},
-        }
-        if validation is not None:
-            scalars["validation/total"] = row["validation_loss_sum"]
-            scalars["validation/mean"] = row["validation_loss_mean"]
-            for name, loss, top1 in zip(self._names, validation["loss"], validation["top1"], strict=True):
-                scalars[f"validation/{name}"] = loss
-                scalars[f"validation_top1/{name}"] = top1
-        for tag, value in scalars.items():
-            self._board.add_scalar(tag, value, step)
-
-
-class Meter:
-    """Counts steps, labels and time between two logged steps."""
-
-    def __init__(self) -> None:
-        self._waited_s = 0.0
-        self.start()
-
-    def start(self) -> None:
-        """Begins a new interval, so that evaluations and checkpoints are in none."""
-        self._start_s = time.perf_counter()
-        self._waited_s = 0.0
-        self._steps = 0
-        self.num_targets = torch.zeros((), dtype=torch.int64)
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Time spent in here is spent waiting for data."""
-        before = time.perf_counter()
-        yield
-        self._waited_s += time.perf_counter() - before
-
-    def count(self, num_targets: Tensor) -> None:
-        """Counts a step; its labels stay on the device."""
-        self._steps += 1
-        self.num_targets = num_targets if self._steps == 1 else self.num_targets + num_targets
-
-    def read(self, num_targets: float) -> dict[str, float]:
-        """The interval's throughput, given its labels as a number."""
-        elapsed_s = time.perf_counter() - self._start_s
-        return {
-            "events_per_s": num_targets / elapsed_s,
-            "step_ms": 1e3 * elapsed_s / self._steps,
-            "data_wait_ms": 1e3 * self._waited_s / self._steps,
-            "data_wait_share": self._waited_s / elapsed_s,
-        }
-
 
 def print_ledger(ledger: Ledger) -> None:
     """Prints the ledger: a rich table on a terminal, else plain text."""
-    if sys.stdout.isatty() and _has("rich"):
+    if sys.stdout.isatty() and has("rich"):
         from rich.console import Console
 
         print_table(Console(), ledger)
@@ -218,9 +194,7 @@ def cut_metrics(path: Path, last_step: int) -> None:
     """Drops the rows of metrics.jsonl after last_step, and a last line that a crash left unfinished."""
     if path.exists():
         kept = [json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] <= last_step]
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(path)
+        write_file(path, "".join(kept))
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -229,51 +203,8 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def plot_curves(run_dir: Path, ledger: Ledger | None) -> None:
-    """Draws curves.png from metrics.jsonl: the mean loss of training and validation, and the ledger's baselines.
-
-    Without matplotlib nothing is drawn.
-    """
-    if not _has("matplotlib"):
-        return
-    from matplotlib.figure import Figure
-
-    rows = read_metrics(run_dir / METRICS_FILE)
-    evaluated = [row for row in rows if "validation_loss_mean" in row]
-    figure = Figure(figsize=(8, 5), layout="constrained")  # without pyplot: no window, no global state
-    axes = figure.subplots()
-    axes.plot([row["step"] for row in rows], [row["loss_mean"] for row in rows], label="training", linewidth=0.8)
-    axes.plot(
-        [row["step"] for row in evaluated],
-        [row["validation_loss_mean"] for row in evaluated],
-        label="validation",
-        marker="o",
-        markersize=3,
-    )
-    if ledger is not None:
-        baselines = {"marginal": ledger.marginal, "first-order": ledger.first_order, "floor": ledger.floor}
-        for (name, losses), style in zip(baselines.items(), ("--", "-.", ":"), strict=True):
-            if math.isfinite(losses.mean()):
-                axes.axhline(float(losses.mean()), label=name, linestyle=style, color="grey", linewidth=1)
-    axes.set(xlabel="optimizer step", ylabel="mean loss of a category (nats)")
-    axes.legend()
-    figure.savefig(run_dir / CURVES_FILE, dpi=120)
-
-
-def _has(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
-
-
-def _open_board(run_dir: Path, first_step: int) -> Any:
-    if not _has("tensorboard"):
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    # what an earlier attempt wrote after the checkpoint is hidden by the purge
-    return SummaryWriter(str(run_dir), purge_step=first_step + 1 if first_step else None)
-
-
 def _progress_bar() -> Progress:
+    from rich.console import RenderableType
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -282,13 +213,22 @@ def _progress_bar() -> Progress:
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.text import Text
 
-    return Progress(
+    class NumbersBelow(Progress):
+        """A bar with the newest numbers in lines of their own."""
+
+        def get_renderables(self) -> Iterable[RenderableType]:
+            yield self.make_tasks_table(self.tasks)
+            for task in self.tasks:
+                if task.fields["numbers"]:
+                    yield Text(task.fields["numbers"], no_wrap=True)
+
+    return NumbersBelow(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[loss]}"),
     )

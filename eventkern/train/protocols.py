@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -53,4 +53,17 @@ class TrainableModel(Protocol):
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
     def state_dict(self) -> Any: ...
+
+
+@runtime_checkable
+class CountedModel(Protocol):
+    """What a model may offer beside: its work on a batch, from shapes alone, so that no device is waited for."""
+
+    def flops(self, batch: Any) -> int:
+        """Floating-point operations of a forward and a backward; what is recomputed does not count."""
+
+    def tokens(self, batch: Any) -> int:
+        """Sequence positions that go through the network, padding included."""

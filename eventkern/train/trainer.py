@@ -17,6 +17,7 @@ import nvtx
 import torch
 from torch import Tensor, nn
 
+from eventkern.train.boards import require_board
 from eventkern.train.checkpoint import (
     CHECKPOINTS,
     CheckpointError,
@@ -27,11 +28,13 @@ from eventkern.train.checkpoint import (
     set_random_state,
 )
 from eventkern.train.config import ConfigError, TrainerConfig, to_mapping
+from eventkern.train.curves import plot_curves
 from eventkern.train.device import autocast, seed_everything, select_device, select_precision
 from eventkern.train.environment import environment
 from eventkern.train.evaluation import evaluate
 from eventkern.train.ledger import Ledger
-from eventkern.train.logging import Meter, RunLog, plot_curves
+from eventkern.train.logging import RunLog
+from eventkern.train.meter import Meter
 from eventkern.train.optim import Schedule, build_optimizer
 from eventkern.train.protocols import BatchLoader, TrainableModel
 from eventkern.train.run_folder import fresh_folder
@@ -86,7 +89,7 @@ class Trainer:
         resume_command: the command that continues this run, printed when it is interrupted.
 
     Raises:
-        ConfigError: a device that is not there, or a training loader without a batch.
+        ConfigError: a device that is not there, a log without its package, or a training loader without a batch.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class Trainer:
         loaders = loaders if isinstance(loaders, Loaders) else Loaders(*loaders)
         if len(loaders.train) == 0:
             raise ConfigError("the training loader has no batch: more data or a smaller batch_size is needed")
+        require_board(config.log)
         self.config = config
         self.device = select_device(config.device)
         self.model = model
@@ -127,7 +131,7 @@ class Trainer:
         self._resumed = False
         self._stop_requested = False
         self._position: Any = None
-        self._meter = Meter()
+        self._meter = Meter(model, self.device, self._precision)
         self._log: RunLog
 
     def resume(self, path: str | Path, state: Mapping[str, Any] | None = None) -> None:
@@ -167,7 +171,10 @@ class Trainer:
         if not self._resumed:
             seed_everything(self.config.seed)
             self.loaders.train.set_epoch(0)
-        with RunLog(self.run_dir, self.model.head_names, self.total_steps, self.step) as self._log, self._signals():
+        settings = {**to_mapping(self.config), **self._metadata}
+        steps = (self.total_steps, self.step)
+        log = RunLog(self.run_dir, self.model.head_names, *steps, log=self.config.log, settings=settings)
+        with log as self._log, self._signals():
             if self._finished():
                 self._log.say(f"nothing left to do at step {self.step}: raise epochs or max_steps")
                 return self._result()
@@ -223,6 +230,7 @@ class Trainer:
         """One optimizer step on micro-batches weighted by their labels."""
         num_targets = torch.stack([batch.num_targets for batch in batches]).sum()
         losses = torch.zeros(len(self.model.head_names), device=self.device)
+        self.optimizer.zero_grad(set_to_none=True)
         for batch in batches:
             weight = batch.num_targets / num_targets.clamp(min=1)
             with _range("forward"), autocast(self._precision, self.device):
@@ -234,10 +242,11 @@ class Trainer:
             grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip or float("inf"))
             lr = self.schedule.lr
             self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            if not self.config.histograms:  # which show them at an evaluation
+                self.optimizer.zero_grad(set_to_none=True)
             self.schedule.step()
         self.step += 1
-        self._meter.count(num_targets)
+        self._meter.count(num_targets, batches)
         return Outcome(losses, grad_norm, lr)
 
     def _after_step(self, outcome: Outcome, epoch: int) -> bool:
@@ -254,6 +263,8 @@ class Trainer:
         row, losses = self._measure(outcome, epoch)
         validation = self._evaluate() if evaluate_due or finished else None
         self._log.write(row, losses, validation)
+        if validation is not None and config.histograms:
+            self._log.write_histograms(self.step, self.model)
         is_best = False
         if validation is not None:
             total = math.fsum(validation["loss"])

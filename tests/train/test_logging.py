@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -15,7 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from eventkern.data import Schema
 from eventkern.train import Ledger
-from eventkern.train.logging import Meter, RunLog, cut_metrics, plot_curves, print_ledger, print_table, read_metrics
+from eventkern.train.curves import plot_curves
+from eventkern.train.lines import heading, line
+from eventkern.train.logging import RunLog, cut_metrics, print_ledger, print_table, read_metrics
 
 FLIGHTS = Schema.load("flights").category_names
 
@@ -26,28 +29,76 @@ def row(step: int, **more: float) -> dict[str, float]:
     return {"step": step, "epoch": 1, **numbers, **speed, **more}
 
 
-def test_rows_lines_and_scalars(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with RunLog(tmp_path, ("kind", "place"), total_steps=100) as log:
-        log.write(row(10), [0.1, 0.2])
-        log.write(row(20), [0.05, 0.1], {"loss": [0.4, 0.6], "top1": [0.5, 0.25]})
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == (
-        "step 10/100  epoch 1  loss 0.300 (mean 0.1500)  lr 1.00e-03  grad norm 0.750  20.0 ms/step  1,234 events/s  "
-        "data wait 5.0 %  left 0:01"
-    )
-    assert "validation 1.000 (mean 0.5000)" in lines[1]
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert rows == [row(10), row(20, validation_loss_sum=1.0, validation_loss_mean=0.5)]
+def scalars_of(run_dir: Path) -> dict[str, dict[int, float]]:
+    board = EventAccumulator(str(run_dir)).Reload()
+    return {tag: {event.step: event.value for event in board.Scalars(tag)} for tag in board.Tags()["scalars"]}
 
+
+def test_rows_and_scalars_have_the_same_names(tmp_path: Path) -> None:
+    with RunLog(tmp_path, ("kind", "place"), total_steps=100) as log:
+        log.write(row(10, skipped_steps=3), [0.1, 0.2])
+        log.write(row(20), [0.05, 0.1], {"loss": [0.4, 0.6], "top1": [0.5, 0.25]})
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    training = ({"loss/kind": 0.1, "loss/place": 0.2}, {"loss/kind": 0.05, "loss/place": 0.1})
+    validation = {
+        "validation_loss_sum": 1.0,
+        "validation_loss_mean": 0.5,
+        "validation_loss/kind": 0.4,
+        "validation_loss/place": 0.6,
+        "validation_top1/kind": 0.5,
+        "validation_top1/place": 0.25,
+    }
+    assert rows == [row(10, skipped_steps=3) | training[0], row(20, skipped_steps=0) | training[1] | validation]
+    scalars = scalars_of(tmp_path)
+    assert scalars.keys() == rows[1].keys() - {"step"}
+    for name, values in scalars.items():
+        assert values == pytest.approx({each["step"]: each[name] for each in rows if name in each}), name
+
+
+def test_lines_come_under_a_heading_that_returns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ledger = Ledger(("kind",), (5,), [1.5], [1.4])
+    top = heading(100).splitlines()
+    with RunLog(tmp_path, ("kind",), total_steps=100) as log:
+        for step in range(1, 23):
+            log.write(row(step), [0.1])
+        assert capsys.readouterr().out.splitlines() == [
+            *top, *(line(row(step), 100) for step in range(1, 21)), *top, line(row(21), 100), line(row(22), 100)
+        ]  # fmt: skip
+        log.write(row(23), [0.1], {"loss": [0.5], "top1": [0.5]})
+        log.write(row(24), [0.1])
+        log.show_ledger(ledger)
+        log.write(row(25), [0.1])
+        lines = capsys.readouterr().out.splitlines()
+    assert lines[:5] == [
+        line(row(23), 100), "step 23: validation loss 0.500 (mean 0.5000)", *top, line(row(24), 100)
+    ]  # fmt: skip
+    assert lines[-3:] == [*top, line(row(25), 100)]
+
+
+def test_what_is_not_finite_is_null_in_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    with RunLog(tmp_path, ("kind",), total_steps=100) as log:
+        log.write(row(1, grad_norm=math.inf), [math.nan])
+    (told,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(told, parse_constant=refuse) == row(1, skipped_steps=0, grad_norm=None) | {"loss/kind": None}
+    assert " inf " in capsys.readouterr().out
+
+
+def test_histograms_of_weights_and_gradients(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, 2.0], [3.0, 5.0]]))
+    model.weight.grad = torch.full((2, 2), -7.0)
+    with RunLog(tmp_path, ("kind",), total_steps=100) as log:
+        log.write_histograms(10, model)
     board = EventAccumulator(str(tmp_path)).Reload()
-    scalars = {tag: {event.step: event.value for event in board.Scalars(tag)} for tag in board.Tags()["scalars"]}
-    names = ("total", "mean", "kind", "place", "grad_norm", "lr", "events_per_s", "step_ms", "data_wait_share")
-    assert {tag for tag in scalars if tag.startswith("train/")} == {f"train/{name}" for name in names}
-    assert scalars["train/place"] == pytest.approx({10: 0.2, 20: 0.1})
-    assert scalars["train/total"] == pytest.approx({10: 0.3, 20: 0.15})
-    assert scalars["validation/kind"] == pytest.approx({20: 0.4})
-    assert scalars["validation/total"] == pytest.approx({20: 1.0})
-    assert scalars["validation_top1/place"] == pytest.approx({20: 0.25})
+    assert set(board.Tags()["histograms"]) == {"weights/weight", "weights/bias", "gradients/weight"}
+    (weights,), (gradients,) = board.Histograms("weights/weight"), board.Histograms("gradients/weight")
+    assert (weights.step, weights.histogram_value.min, weights.histogram_value.max) == (10, 1.0, 5.0)
+    assert (weights.histogram_value.num, weights.histogram_value.sum) == (4, 11.0)
+    assert (gradients.histogram_value.min, gradients.histogram_value.max) == (-7.0, -7.0)
 
 
 def test_a_resumed_log_hides_what_came_after_the_checkpoint(tmp_path: Path) -> None:
@@ -57,7 +108,7 @@ def test_a_resumed_log_hides_what_came_after_the_checkpoint(tmp_path: Path) -> N
                 log.write(row(step), [loss])
         time.sleep(1.1 if first_step == 0 else 0)  # TensorBoard names and orders its files by the second
     assert [entry["step"] for entry in read_metrics(tmp_path / "metrics.jsonl")] == [10, 20, 30, 40]
-    events = EventAccumulator(str(tmp_path)).Reload().Scalars("train/kind")
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("loss/kind")
     assert [(event.step, event.value) for event in events] == [(10, 1.0), (20, 1.0), (30, 2.0), (40, 2.0)]
 
 
@@ -85,16 +136,17 @@ def test_a_terminal_gets_a_bar_with_loss_and_ledger(
     print_ledger(ledger)
     out = capsys.readouterr().out
     assert "10/40" in out
-    assert "loss 0.300" in out
+    for words in (*heading(40).splitlines(), line(row(10), 40)):
+        assert words in out
     assert "[odd] words" in out
     assert out.count("[red]kind[/red]") == 2
-    assert "step 10/40  epoch" not in out  # no plain lines
+    assert out.index("[odd] words") < out.rindex(line(row(10), 40))  # the numbers stay below
 
 
 def test_without_tensorboard_it_says_so_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("eventkern.train.logging._has", lambda package: False)
+    monkeypatch.setattr("eventkern.train.logging.has", lambda package: False)
     with RunLog(tmp_path, ("kind",), total_steps=40) as log:
         log.write(row(10), [0.1])
         log.write(row(20), [0.1])
@@ -131,36 +183,3 @@ def test_no_figure_of_the_ledger_is_cut(width: int, has_floor: bool) -> None:
         assert line.split() == " ".join(cells).split()
         assert width == 60 or len(line) <= 80
     assert "".join(out.getvalue().split()).endswith("".join(ledger.verdict().split()))
-
-
-def test_curves_show_training_validation_and_baselines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from matplotlib.axes import Axes
-
-    drawn: dict[str, list[float]] = {}
-    plot, line = Axes.plot, Axes.axhline
-    monkeypatch.setattr(Axes, "plot", lambda self, x, y, **k: drawn.update({k["label"]: y}) or plot(self, x, y, **k))
-    monkeypatch.setattr(Axes, "axhline", lambda self, y, **k: drawn.update({k["label"]: [y]}) or line(self, y, **k))
-    with RunLog(tmp_path, ("kind",), total_steps=2) as log:
-        log.write(row(1), [0.1])
-        log.write(row(2), [0.1], {"loss": [0.5], "top1": [0.5]})
-    plot_curves(tmp_path, Ledger(("kind",), (5,), [1.5], [1.25]))
-    assert drawn == {"training": [1.5, 0.75], "validation": [0.5], "marginal": [1.5], "first-order": [1.25]}
-    assert (tmp_path / "curves.png").stat().st_size > 5000
-
-
-def test_the_meter_counts_labels_steps_and_waiting() -> None:
-    meter = Meter()
-    meter.start()
-    for _ in range(4):
-        with meter.waiting():
-            time.sleep(0.01)
-        meter.count(torch.tensor(25))
-    assert int(meter.num_targets) == 100
-    numbers = meter.read(100.0)
-    elapsed_s = numbers["step_ms"] * 4 / 1e3
-    assert numbers["events_per_s"] == pytest.approx(100 / elapsed_s)
-    assert 10 <= numbers["data_wait_ms"] <= numbers["step_ms"]
-    assert numbers["data_wait_share"] == pytest.approx(numbers["data_wait_ms"] / numbers["step_ms"])
-    meter.start()
-    meter.count(torch.tensor(7))
-    assert int(meter.num_targets) == 7

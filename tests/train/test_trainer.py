@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from eventkern.train import CheckpointError, ConfigError, Ledger, Loaders, Trainer, TrainerConfig
 from eventkern.train.checkpoint import load_checkpoint
+from eventkern.train.meter import MEASURED
 
 BASE = TrainerConfig(epochs=3, batch_size=6, lr=0.01, schedule="constant", device="cpu", precision="fp32", log_every=1)
 
@@ -133,9 +134,8 @@ def test_a_resumed_run_is_bitwise_the_undisturbed_one(tiny: Any, tmp_path: Path,
     assert states[0]["environment"].pop("time")
     assert states[1]["environment"].pop("time")
     assert_same(states[0], states[1])
-    measured = ("events_per_s", "step_ms", "data_wait_ms", "data_wait_share")
     histories = [
-        [{key: value for key, value in row.items() if key not in measured} for row in rows_of(tmp_path / run)]
+        [{key: value for key, value in row.items() if key not in MEASURED} for row in rows_of(tmp_path / run)]
         for run in ("whole", "parts")
     ]
     assert histories[0] == histories[1]
