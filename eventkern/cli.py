@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import difflib
 import io
-import json
 import re
 import shlex
 import sys
@@ -247,20 +246,25 @@ def prepare(command: Prepare) -> None:
 
 
 def train(command: Train) -> None:
-    """`eventkern train`."""
-    import tomli_w
+    """`eventkern train`, in a folder that no other process uses."""
+    from eventkern.train.run_folder import find_run, locked
 
+    config = RunConfig(**{field.name: getattr(command, field.name) for field in dataclasses.fields(RunConfig)})
+    run_dir, checkpoint = find_run(Path(command.config).stem, command.run_dir, command.resume)
+    with locked(run_dir):
+        train_in(run_dir, config, checkpoint)
+
+
+def train_in(run_dir: Path, config: RunConfig, checkpoint: Path | None) -> None:
+    """Trains in a folder, from a checkpoint if there is one."""
     from eventkern.data.loader import EventLoader
     from eventkern.data.shipped import TABLES, open_store
     from eventkern.models import EventTransformer
     from eventkern.train import Loaders, Trainer
-    from eventkern.train.device import keep_freed_memory, seed_everything, select_device
-    from eventkern.train.environment import environment
+    from eventkern.train.device import keep_freed_memory, seed_everything, select_device, select_precision
+    from eventkern.train.environment import record_run
     from eventkern.train.lineage import refuse_other_lineage
-    from eventkern.train.run_folder import find_run
 
-    config = RunConfig(**{field.name: getattr(command, field.name) for field in dataclasses.fields(RunConfig)})
-    run_dir, checkpoint = find_run(Path(command.config).stem, command.run_dir, command.resume)
     device = select_device(config.device)
     keep_freed_memory()
     store = open_store(config.data.store)
@@ -273,9 +277,8 @@ def train(command: Train) -> None:
     train_loader = EventLoader(store, "train", seed=config.seed, device=device, **options)
     validation_loader = EventLoader(store, "validation", device=device, **options)
     seed_everything(config.seed)
-    if config.data.store not in TABLES:
-        absolute = DataConfig(store=str(Path(config.data.store).absolute()))
-        config = dataclasses.replace(config, data=absolute)  # so that config.toml continues the run from any folder
+    if config.data.store not in TABLES:  # an absolute path, so that config.toml continues the run from any folder
+        config = dataclasses.replace(config, data=DataConfig(store=str(Path(config.data.store).absolute())))
     resume_command = ["eventkern", "train", str(run_dir / "config.toml"), "--run-dir", str(run_dir), "--resume", "auto"]
     trainer = Trainer(
         EventTransformer(sizes),
@@ -288,13 +291,10 @@ def train(command: Train) -> None:
     )
     if checkpoint is not None:
         trainer.resume(checkpoint, state)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.toml").write_text(tomli_w.dumps(to_mapping(config)), encoding="utf-8")
-    (run_dir / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
-    print(
-        f"run {run_dir}: {store.num_events:,} events, {device}, step {trainer.step} of {trainer.total_steps}",
-        flush=True,
-    )
+    precision = select_precision(config.precision, device)
+    record_run(run_dir, to_mapping(config), precision=precision, seed=config.seed, from_step=trainer.step)
+    told = f"{store.num_events:,} events, {device}, step {trainer.step} of {trainer.total_steps}"
+    print(f"run {run_dir}: {told}", flush=True)
     trainer.fit()
 
 

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import json
+import os
 import platform
+import shlex
+import socket
 import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from eventkern import hardware
+from eventkern.train.atomic import write_file
 
+CONFIG_FILE = "config.toml"
+ENVIRONMENT_FILE = "environment.json"
+EARLIER = "earlier_attempts"
 PACKAGES = ("eventkern", "torch", "triton", "numpy")
 CHECKOUT = Path(__file__).parents[2]
 
@@ -33,6 +44,38 @@ def environment() -> dict[str, str | int]:
         facts["gpus"] = ", ".join(torch.cuda.get_device_name(device) for device in range(torch.cuda.device_count()))
         facts["cuda"] = str(torch.version.cuda)
     return facts
+
+
+def record_run(run_dir: Path, settings: Mapping[str, Any], **facts: str | int) -> None:
+    """Writes config.toml and environment.json, each whole or not at all; under torchrun rank 0 writes for all.
+
+    environment.json is this attempt at the run: `environment()`, the command line, host, process, number of ranks, and
+    `facts`. Under "earlier_attempts" it keeps those before it, oldest first.
+
+    Args:
+        run_dir: the run's folder, made if absent.
+        settings: the resolved configuration, as plain values.
+        **facts: what only the caller knows, such as precision, seed and the step that the attempt starts from.
+    """
+    import tomli_w
+
+    if os.environ.get("RANK", "0") != "0":
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_file(run_dir / CONFIG_FILE, tomli_w.dumps(settings))
+    path = run_dir / ENVIRONMENT_FILE
+    attempt: dict[str, Any] = {
+        **environment(),
+        "command": shlex.join(sys.orig_argv),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        **facts,
+    }
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        attempt[EARLIER] = [*before.pop(EARLIER, []), before]
+    write_file(path, json.dumps(attempt, indent=2) + "\n")
 
 
 def git_commit() -> str:

@@ -1,14 +1,27 @@
-"""Where a run lives, and where it goes on."""
+"""Where a run lives, where it goes on, and who may write there."""
 
 from __future__ import annotations
 
 import datetime
+import errno
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from eventkern.train.checkpoint import CHECKPOINTS, last_checkpoint
 from eventkern.train.config import ConfigError
 
 RUNS = Path("runs")
+LOCK_FILE = ".lock"
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+
+_held: set[Path] = set()
+"""The folders that this process has locked."""
 
 
 def find_run(name: str, run_dir: Path | None = None, resume: str | None = None) -> tuple[Path, Path | None]:
@@ -59,3 +72,84 @@ def require_folder(path: Path, option: str) -> None:
         if place.exists() and not place.is_dir():
             where = "is a file" if place == path else f"{place} is a file"
             raise ConfigError(f"{option} {path}: {where}; give the path of a folder, or move the file away")
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Keeps other processes out of a run folder, which is made if absent; inside, the same process may lock it again.
+
+    The lock is the kernel's (flock on a file in the folder): it ends with the process, by SIGKILL too, so that none is
+    ever left behind. The file tells process and host, and goes with the lock; so does the folder, where it was made
+    here and nothing was written to it. Under torchrun rank 0 holds the lock for all.
+
+    On NFS the lock reaches other hosts where the mount has a lock service, and on Lustre with `-o flock`; with an
+    option such as `local_lock` it holds on one host only. Where the file system has no locks at all, a line says so.
+
+    Raises:
+        ConfigError: another process holds the folder, or nothing may be written to it.
+        OSError: no space.
+
+    Source:
+        flock(2).
+    """
+    place = run_dir.resolve()
+    if place in _held or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+    path = run_dir / LOCK_FILE
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        descriptor = _lock(path)
+    except OSError as error:
+        _remove_empty(made)
+        if error.errno not in NOT_WRITABLE:
+            raise
+        raise ConfigError(f"{run_dir}: {error.strerror}; choose a --run-dir where you may write") from error
+    _held.add(place)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+        yield
+    finally:
+        _held.discard(place)
+        path.unlink(missing_ok=True)  # before the lock ends, so that no file of another process is removed
+        os.close(descriptor)
+        _remove_empty(made)
+
+
+def _lock(path: Path) -> int:
+    """Opens and locks a file that is at `path` once it is locked; its holder before may have removed it meanwhile."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except BlockingIOError:
+            holder = _holder(descriptor)
+            os.close(descriptor)
+            raise ConfigError(
+                f"{path.parent}: in use by {holder}; wait for it to end, or choose another --run-dir"
+            ) from None
+        except OSError as error:
+            if error.errno in WITHOUT_LOCKS:
+                print(f"{path.parent}: its file system has no locks: nothing keeps other processes out", flush=True)
+                return descriptor
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _holder(descriptor: int) -> str:
+    try:
+        told = json.loads(os.pread(descriptor, 4096, 0))
+    except ValueError:  # it has just locked the file
+        return "another process"
+    return f"process {told['pid']} on {told['host']}"
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()

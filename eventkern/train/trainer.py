@@ -37,7 +37,7 @@ from eventkern.train.logging import RunLog
 from eventkern.train.meter import Meter
 from eventkern.train.optim import Schedule, build_optimizer
 from eventkern.train.protocols import BatchLoader, TrainableModel
-from eventkern.train.run_folder import fresh_folder
+from eventkern.train.run_folder import fresh_folder, locked
 
 LEDGER_FILE = "ledger.json"
 
@@ -166,15 +166,13 @@ class Trainer:
         """Trains to the end of the last epoch or to max_steps, whichever comes first.
 
         Raises:
+            ConfigError: another process has the run folder, or nothing may be written there.
             FloatingPointError: a loss or the gradient norm of a logged step is not finite; nothing of it is saved.
         """
         if not self._resumed:
             seed_everything(self.config.seed)
             self.loaders.train.set_epoch(0)
-        settings = {**to_mapping(self.config), **self._metadata}
-        steps = (self.total_steps, self.step)
-        log = RunLog(self.run_dir, self.model.head_names, *steps, log=self.config.log, settings=settings)
-        with log as self._log, self._signals():
+        with locked(self.run_dir), self._open_log() as self._log, self._signals():
             if self._finished():
                 self._log.say(f"nothing left to do at step {self.step}: raise epochs or max_steps")
                 return self._result()
@@ -189,6 +187,11 @@ class Trainer:
                 command = f"; to go on: {self._resume_command}" if self._resume_command else ""
                 self._log.say(f"stopped after step {self.step}, saved in {self.checkpoints.path}{command}")
         return self._result()
+
+    def _open_log(self) -> RunLog:
+        settings = {**to_mapping(self.config), **self._metadata}
+        steps = (self.total_steps, self.step)
+        return RunLog(self.run_dir, self.model.head_names, *steps, log=self.config.log, settings=settings)
 
     def _finished(self) -> bool:
         reached = self.config.max_steps is not None and self.step >= self.config.max_steps

@@ -1,15 +1,23 @@
-"""Which folder a run lives in, and which checkpoint it goes on from."""
+"""Which folder a run lives in, which checkpoint it goes on from, and who may write there."""
 
 from __future__ import annotations
 
 import datetime
+import errno
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from eventkern.train import ConfigError
 from eventkern.train.checkpoint import CheckpointFolder
-from eventkern.train.run_folder import find_run, fresh_folder
+from eventkern.train.run_folder import LOCK_FILE, find_run, fresh_folder, locked
 
 
 @pytest.fixture(autouse=True)
@@ -79,3 +87,149 @@ def test_mistakes_are_named() -> None:
     for missing in ("gone", "gone.pt", "empty"):
         with pytest.raises(ConfigError, match=f"--resume {missing}: no checkpoint there"):
             find_run("flights", resume=missing)
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from eventkern.train.run_folder import locked
+with locked(Path(sys.argv[1])):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def hold(run_dir: str, **environment: str) -> subprocess.Popen[str]:
+    """Another process that holds the lock until its input ends."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, run_dir],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "locked\n"
+    return process
+
+
+def test_a_folder_in_use_is_refused_until_its_process_ends() -> None:
+    with hold("mine") as process:
+        Path("mine/metrics.jsonl").touch()
+        Path("link").symlink_to("mine")
+        wanted = rf"in use by process {process.pid} on \S+; wait for it to end, or choose another --run-dir"
+        for name in ("mine", "link"):
+            with pytest.raises(ConfigError, match=wanted), locked(Path(name)):
+                pass
+        with locked(Path("other")):
+            pass
+        process.communicate()
+    assert process.returncode == 0
+    assert os.listdir("mine") == ["metrics.jsonl"]
+    with locked(Path("mine")):
+        assert json.loads(Path("mine", LOCK_FILE).read_text())["pid"] == os.getpid()
+
+
+def test_sigkill_leaves_no_lock_behind() -> None:
+    with hold("mine") as process:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert Path("mine", LOCK_FILE).exists()
+        with locked(Path("mine")):
+            assert json.loads(Path("mine", LOCK_FILE).read_text())["pid"] == os.getpid()
+        assert not Path("mine", LOCK_FILE).exists()
+
+
+def test_one_process_may_lock_its_folder_again() -> None:
+    run_dir = Path("mine")
+    with locked(run_dir):
+        with locked(run_dir.absolute()):
+            pass
+        assert (run_dir / LOCK_FILE).exists()
+        program = HOLD.replace("sys.stdin.read()", "")
+        other = subprocess.run([sys.executable, "-c", program, "mine"], capture_output=True, text=True, check=False)
+        assert f"in use by process {os.getpid()}" in other.stderr
+        assert other.returncode == 1
+    with locked(run_dir):
+        pass
+
+
+def test_folders_made_for_nothing_go_and_others_stay() -> None:
+    Path("there").mkdir()
+    for name in ("there", "a/b/c"):
+        with locked(Path(name)):
+            assert os.listdir(name) == [LOCK_FILE]
+    assert os.listdir() == ["there"]
+    with locked(Path("a/b/c")):
+        Path("a/b/x").touch()
+    assert os.listdir("a/b") == ["x"]
+    with pytest.raises(KeyboardInterrupt), locked(Path("new")):
+        raise KeyboardInterrupt
+    assert not Path("new").exists()
+
+
+def test_rank_0_holds_the_lock_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    with hold("mine", RANK="0"):
+        monkeypatch.setenv("RANK", "1")
+        with locked(Path("mine")):
+            pass
+        monkeypatch.setenv("RANK", "0")
+        with pytest.raises(ConfigError, match="in use by"), locked(Path("mine")):
+            pass
+
+
+def test_a_lock_file_that_its_holder_has_just_removed_is_no_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opened by this process, then unlinked by its holder, then locked: a third process may have made another."""
+    lock, opened = fcntl.flock, []
+
+    def lock_late(descriptor: int, how: int) -> None:
+        if not opened:
+            Path("mine", LOCK_FILE).unlink()
+        opened.append(descriptor)
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", lock_late)
+    with locked(Path("mine")):
+        assert len(opened) == 2
+        assert Path("mine", LOCK_FILE).exists()
+        monkeypatch.setattr(fcntl, "flock", lock)
+        program = HOLD.replace("sys.stdin.read()", "")
+        assert subprocess.run([sys.executable, "-c", program, "mine"], capture_output=True, check=False).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(errno.EACCES, ConfigError), (errno.EROFS, ConfigError), (errno.ENOSPC, OSError)]
+)
+@pytest.mark.parametrize("call", ["mkdir", "open"])
+def test_no_permission_is_the_users_mistake_and_no_space_a_failure(
+    monkeypatch: pytest.MonkeyPatch, number: int, error: type[Exception], call: str
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    before = os.listdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path if call == "mkdir" else os, call, refuse)
+        with pytest.raises(error, match=os.strerror(number)) as caught, locked(Path("a/b")):
+            pass
+    assert isinstance(caught.value, ConfigError) == (error is ConfigError)
+    assert os.listdir() == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission_is_named() -> None:
+    Path("mine").mkdir(mode=0o555)
+    with pytest.raises(ConfigError, match="mine: Permission denied; choose a --run-dir"), locked(Path("mine")):
+        pass
+
+
+def test_a_file_system_without_locks_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with locked(Path("mine")):
+        assert Path("mine", LOCK_FILE).exists()
+    assert capsys.readouterr().out == "mine: its file system has no locks: nothing keeps other processes out\n"
