@@ -135,6 +135,65 @@ def test_a_run_folder_holds_everything(made: Path) -> None:
     assert written == dataclasses.replace(given, data=cli.DataConfig(store=str(made / "store")))
 
 
+def test_the_rows_of_a_run_tell_its_work(made: Path) -> None:
+    for row in rows_of(made / "run"):
+        windows_tokens, windows_labels = 2 * 4 + 3, 3
+        assert row["tokens_per_s"] >= row["events_per_s"] * windows_tokens / windows_labels  # padding counts as tokens
+        assert row["mfu"] > 0
+        assert row["memory_bytes"] > 1 << 20
+        assert row["skipped_steps"] == 0
+        assert sum(row[f"loss/{name}"] for name in ("person", "place", "weekday")) == pytest.approx(row["loss_sum"])
+
+
+def test_every_attempt_at_a_run_is_told(here: Path) -> None:
+    for steps in ("1", "2", "3"):
+        assert main(["train", "small.toml", "--run-dir", "new", "--max-steps", steps, "--resume", "auto"]) == 0
+    told = json.loads((here / "new/environment.json").read_text())
+    assert [each["from_step"] for each in (*told["earlier_attempts"], told)] == [0, 1, 2]
+    assert {"command", "host", "world_size", "precision", "seed", "commit"} <= told.keys()
+
+
+def test_a_run_folder_in_use_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program = (
+        "import sys; from pathlib import Path; from eventkern.train.run_folder import locked\n"
+        "with locked(Path('run')): print(flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        before = {path: path.stat().st_mtime_ns for path in (here / "run").rglob("*")}
+        assert main(["train", "small.toml", "--run-dir", "run", "--resume", "auto", "--max-steps", "30"]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith(f"eventkern: run: in use by process {other.pid} on ")
+        assert told.count("\n") == 1
+        assert {path: path.stat().st_mtime_ns for path in (here / "run").rglob("*")} == before
+        other.communicate()
+    assert main(["train", "small.toml", "--run-dir", "run", "--resume", "auto", "--max-steps", "21"]) == 0
+
+
+def test_a_log_without_its_package_is_refused_before_anything_is_written(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("eventkern.train.boards.has", lambda package: package != "wandb")
+    assert main(["train", "small.toml", "--run-dir", "new", "--log", "wandb"]) == 2
+    told = capsys.readouterr().err
+    assert told == "eventkern: log is 'wandb', but the package is not installed: pip install wandb, or log = 'none'\n"
+    assert not (here / "new").exists()
+
+
+def test_histograms_leave_the_losses_alone(here: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert main(["train", "small.toml", "--run-dir", "new", "--histograms"]) == 0
+    histories = [[row["loss_sum"] for row in rows_of(here / run)] for run in ("run", "new")]
+    assert histories[0] == histories[1]
+    board = EventAccumulator(str(here / "new"), size_guidance={"histograms": 0}).Reload()
+    tags = set(board.Tags()["histograms"])
+    assert {"weights/embedding.weight", "gradients/embedding.weight", "gradients/heads.weight"} <= tags
+    assert [each.step for each in board.Histograms("gradients/heads.weight")] == [10, 20]
+    assert not EventAccumulator(str(here / "run")).Reload().Tags()["histograms"]
+
+
 def test_keys_of_the_command_line_win(here: Path) -> None:
     options = ["--run-dir", "other", "--max-steps", "2", "--model.d-model", "8", "--lr", "3e-4", "--seed", "9"]
     assert main(["train", "small.toml", *options]) == 0
@@ -330,6 +389,18 @@ def test_failures_exit_1_in_one_line(
     monkeypatch.setattr("eventkern.train.checkpoint.save_checkpoint", no_space)
     assert main(["train", "small.toml", "--run-dir", "new", "--max-steps", "1"]) == 1
     assert capsys.readouterr().err == "eventkern: [Errno 28] No space left on device\n"
+
+
+def test_no_space_for_the_run_leaves_no_folder(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_space(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", no_space)
+    assert main(["train", "small.toml", "--run-dir", "new", "--max-steps", "1"]) == 1
+    assert capsys.readouterr().err == "eventkern: [Errno 28] No space left on device\n"
+    assert not (here / "new").exists()
 
 
 def test_the_shipped_configurations_are_those_of_the_notes() -> None:
