@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from eventkern.train import ConfigError
+from eventkern.train import ConfigError, Trainer, TrainerConfig
 from eventkern.train.checkpoint import CheckpointFolder
 from eventkern.train.run_folder import LOCK_FILE, find_run, fresh_folder, locked
 
@@ -128,6 +128,18 @@ def test_a_folder_in_use_is_refused_until_its_process_ends() -> None:
     assert os.listdir("mine") == ["metrics.jsonl"]
     with locked(Path("mine")):
         assert json.loads(Path("mine", LOCK_FILE).read_text())["pid"] == os.getpid()
+
+
+def test_a_trainer_keeps_out_of_a_folder_in_use(tiny: Any) -> None:
+    loaders = (tiny.Loader(6), tiny.Loader(4, num_samples=9, seed=1))
+    trainer = Trainer(tiny.Model(), TrainerConfig(max_steps=1, device="cpu"), loaders, run_dir="mine")
+    with hold("mine") as process:
+        with pytest.raises(ConfigError, match=f"mine: in use by process {process.pid}"):
+            trainer.fit()
+        assert os.listdir("mine") == [LOCK_FILE]
+        process.communicate()
+    assert trainer.fit().step == 1
+    assert LOCK_FILE not in os.listdir("mine")
 
 
 def test_sigkill_leaves_no_lock_behind() -> None:
