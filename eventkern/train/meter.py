@@ -83,6 +83,10 @@ class Meter:
         yield
         self._waited_s += time.perf_counter() - before
 
+    def leave_out(self, seconds: float) -> None:
+        """Takes seconds that went into no step, such as those of a compilation, out of the interval."""
+        self._start_s += seconds
+
     def count(self, num_targets: Tensor, batches: Sequence[Any] = ()) -> None:
         """Counts a step: its labels, which stay on the device, and the work that its micro-batches' shapes tell."""
         self._steps += 1
