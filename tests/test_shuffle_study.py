@@ -226,8 +226,24 @@ def test_the_verdict_follows_the_figures(culprit: str) -> None:
     assert verdict.culprit == culprit
     assert verdict.base_ratio == 141
     assert verdict.removed[culprit] == pytest.approx(0.95)
+    assert verdict.removed_range[culprit] == pytest.approx((0.95, 0.95))
     assert verdict.read_share == pytest.approx(890 * 0.1 / 140)
     assert f"the layer that carries the ratio is **{culprit}**" in judged_in_words(seconds)
+
+
+def test_rounds_are_compared_with_their_own() -> None:
+    figures = figures_of({BASE: (1.0, 101.0), **dict.fromkeys(ALONE.values(), (1.0, 51.0))})
+    # A second round in which everything takes ten times as long, and a third in which the storage alone does.
+    for factor, storage_s in ((10, 500.0), (1, 80.0)):
+        for figure in figures:
+            first = figure.timings[0]
+            seconds = storage_s + factor if figure.contender == ALONE[STORAGE] else factor * first.seconds
+            seconds = factor if figure.order == IN_ORDER else seconds
+            figure.timings.append(Timing(seconds, 0.0, 1_000, first.num_loads, first.load_s))
+    verdict = judge(figures, 1_000)
+    assert verdict.removed == pytest.approx({ORDER: 0.5, FETCH: 0.5, STORAGE: 0.5})
+    assert verdict.removed_range[ORDER] == pytest.approx((0.5, 0.5))
+    assert verdict.removed_range[STORAGE] == pytest.approx((0.2, 0.5))
 
 
 def test_no_layer_is_blamed_for_what_it_does_not_carry() -> None:

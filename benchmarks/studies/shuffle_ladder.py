@@ -222,7 +222,8 @@ class Verdict:
     Attributes:
         base_ratio: shuffled over in order, of the notes' pipeline.
         extra_s: seconds that shuffling adds to its epoch.
-        removed: by layer, the share of extra_s that is gone once the layer is replaced.
+        removed: by layer, the share of extra_s that is gone once the layer is replaced: the median of the rounds.
+        removed_range: by layer, the least and the most of it among the rounds.
         ratios: by layer, the ratio that is left.
         culprit: the layer that removes most, if shuffling costs anything and that is more than half of it.
         read_share: the share of extra_s that went into reading files.
@@ -231,6 +232,7 @@ class Verdict:
     base_ratio: float
     extra_s: float
     removed: dict[str, float]
+    removed_range: dict[str, tuple[float, float]]
     ratios: dict[str, float]
     culprit: str | None
     read_share: float
@@ -251,12 +253,23 @@ def judge(figures: list[Figure], num_events: int) -> Verdict:
         return found[name, SHUFFLED].seconds / found[name, IN_ORDER].seconds
 
     base_s = extra_s(BASE)
-    removed = {layer: 1 - extra_s(name) / base_s if base_s > 0 else 0.0 for layer, name in ALONE.items()}
+
+    def rounds_s(name: str) -> list[float]:
+        """What shuffling adds, round by round: what the machine does meanwhile happens to all of a round alike."""
+        pairs = zip(found[name, SHUFFLED].timings, found[name, IN_ORDER].timings, strict=True)
+        return [shuffled.seconds - in_order.seconds for shuffled, in_order in pairs]
+
+    shares = {
+        layer: [1 - rest_s / all_s for rest_s, all_s in zip(rounds_s(name), rounds_s(BASE), strict=True)]
+        for layer, name in ALONE.items()
+    }
+    removed = {layer: statistics.median(rounds) for layer, rounds in shares.items()}
     most = max(removed, key=lambda layer: removed[layer])
     return Verdict(
         base_ratio=ratio(BASE),
         extra_s=base_s,
         removed=removed,
+        removed_range={layer: (min(rounds), max(rounds)) for layer, rounds in shares.items()},
         ratios={layer: ratio(name) for layer, name in ALONE.items()},
         culprit=most if ratio(BASE) > NO_COST_RATIO and removed[most] > 0.5 else None,
         read_share=(found[BASE, SHUFFLED].load_s - found[BASE, IN_ORDER].load_s) / base_s if base_s > 0 else 0.0,

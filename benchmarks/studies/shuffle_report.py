@@ -152,7 +152,8 @@ def culprit_text(figures: list[Figure], base: Layout, verdict: Verdict) -> str:
     ladder, workers = by_contender(figures, "ladder"), by_contender(figures, "workers")
     found, large = ladder[steps.BASE, n], ladder[steps.LARGE_FETCH, n]
     left = "; ".join(
-        f"{layer}: {verdict.removed[layer]:.1%} of the added time gone, {ratio_text(ladder[name, n])} times left"
+        f"{layer}: {verdict.removed[layer]:.1%} of the added time gone{range_text(*verdict.removed_range[layer])}, "
+        f"{ratio_text(ladder[name, n])} times left"
         for layer, name in steps.ALONE.items()
     )
     if verdict.base_ratio <= steps.NO_COST_RATIO:
@@ -173,12 +174,19 @@ def culprit_text(figures: list[Figure], base: Layout, verdict: Verdict) -> str:
     )
 
 
+def range_text(least: float, most: float) -> str:
+    """The spread of a share over the rounds, where there were several."""
+    return f" ({least:.1%} to {most:.1%} in its rounds)" if least != most else ""
+
+
 def order_text(figures: list[Figure], n: int, verdict: Verdict) -> str:
     """What the order by itself costs."""
     orders = by_contender(figures, "order")
     sampler, ours = orders["torch BatchSampler(RandomSampler)", n], orders["eventkern IndexSampler", n]
     added_s = sampler[SHUFFLED].seconds - sampler[IN_ORDER].seconds
-    share = f", {added_s / verdict.extra_s:.2%} of what shuffling adds to the notes' pipeline" * (verdict.extra_s > 0)
+    share = f", {100 * added_s / verdict.extra_s:.2g}% of what shuffling adds to the notes' pipeline" * (
+        verdict.extra_s > 0
+    )
     return (
         f"The order alone: torch's BatchSampler(RandomSampler) needs {cell(sampler[SHUFFLED])} for it, "
         f"{seconds_text(added_s)} more than in order{share}; eventkern's IndexSampler {cell(ours[SHUFFLED])}. To the "
