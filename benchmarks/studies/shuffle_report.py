@@ -215,7 +215,7 @@ def unknown_text(layouts: list[Layout]) -> str:
     crossings = steps.crossings(layouts)
     passed = [f"with '{parser}' at about {count:,.0f} files" for parser, count in crossings.items() if count]
     missed = [f"'{parser}'" for parser, count in crossings.items() if not count]
-    passes = ", ".join([*passed, *([f"not with {' or '.join(missed)}"] if missed else [])])
+    passes = ", ".join([*passed, *([f"not with {' or '.join(missed)}"] if missed else [])]) if passed else "with none"
     ratios = [layout.ratio for layout in layouts]
     counts = [layout.num_files for layout in layouts]
     return (
