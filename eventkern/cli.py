@@ -139,8 +139,9 @@ Command = Prepare | Train | Evaluate | Info
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0, 2 for a user's mistake, 1 for a failure, 130 or 143 when stopped."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        command = parse(list(sys.argv[1:] if arguments is None else arguments))
+        command = parse(arguments)
         with terminable():
             match command:
                 case Prepare():
@@ -156,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         is_mistake = isinstance(error, (ConfigError, *_user_errors()))
         if isinstance(error, ValueError) and not is_mistake:
             raise  # of our own making: the traceback is wanted
-        print(f"eventkern: {error}", file=sys.stderr)
+        print(f"eventkern: {error}{_way_on(error, arguments)}", file=sys.stderr)
         return 2 if is_mistake else 1
     except Terminated:
         print("eventkern: terminated", file=sys.stderr)
@@ -171,6 +172,20 @@ def _user_errors() -> tuple[type[Exception], ...]:
     from eventkern.train import CheckpointError
 
     return DataError, CheckpointError, FileNotFoundError
+
+
+def _way_on(error: Exception, arguments: Sequence[str]) -> str:
+    """After a damaged checkpoint: the same command from the newest one that verifies, where there is one."""
+    from eventkern.train.checkpoint import DamagedCheckpointError
+
+    if not isinstance(error, DamagedCheckpointError) or error.whole is None or arguments[0] != "train":
+        return ""
+    kept = [
+        argument
+        for before, argument in zip(["", *arguments], arguments, strict=False)
+        if "--resume" not in (before, argument) and not argument.startswith("--resume=")
+    ]
+    return f"; to go on from it: {shlex.join(['eventkern', *kept, '--resume', str(error.whole)])}"
 
 
 def parse(arguments: list[str]) -> Command:

@@ -386,7 +386,7 @@ def test_failures_exit_1_in_one_line(
     def no_space(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("eventkern.train.checkpoint.save_checkpoint", no_space)
+    monkeypatch.setattr("eventkern.train.checkpoint.write_whole", no_space)
     assert main(["train", "small.toml", "--run-dir", "new", "--max-steps", "1"]) == 1
     assert capsys.readouterr().err == "eventkern: [Errno 28] No space left on device\n"
 

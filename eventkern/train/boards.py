@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from eventkern.train.atomic import write_file
 from eventkern.train.config import ConfigError
+from eventkern.train.whole_files import write_file
 
 PROJECT = "eventkern"
 RUN_ID_FILE = "wandb_id"

@@ -2,15 +2,17 @@
 
 A checkpoint is a file of `torch.save`, which is a zip archive. Its comment (the last bytes of the file) is
 ``eventkern sha256 <64 hex digits>``, the checksum of every byte before the comment: `torch.load` reads the file
-unchanged, and `unzip -z` prints the checksum. It is written to a temporary file, flushed to the disk and renamed, then
-the folder is flushed: a crash leaves the previous checkpoints as they were. ``last`` and ``best`` are relative symbolic
-links, replaced in one rename.
+unchanged, and `unzip -z` prints the checksum. It is written to a temporary file, read back, flushed to the disk and
+renamed, then the folder is flushed: a crash leaves the previous checkpoints as they were. ``last`` and ``best`` are
+relative symbolic links, replaced in one rename; ``best.safetensors`` holds the weights of the best alone.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import os
+import json
+import pickle
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,22 +21,33 @@ from typing import IO, Any
 import numpy as np
 import torch
 
+from eventkern.train.weights import write_safetensors
+from eventkern.train.whole_files import flush_folder, remove_leftovers, write_whole
+
 CHECKPOINTS = "checkpoints"
+BEST_WEIGHTS = "best.safetensors"
 FORMAT = 1
 COMMENT = b"eventkern sha256 "
 COMMENT_BYTES = len(COMMENT) + 64
 END_OF_ZIP = b"PK\x05\x06"
 END_OF_ZIP_BYTES = 22
 BLOCK_BYTES = 1 << 20
-MEND_DAMAGE = "copy it again, or give another checkpoint of the run"
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, or of another model; one line that names the file."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint that is missing, truncated or altered; `whole` is the newest beside it that verifies, or None."""
+
+    def __init__(self, message: str, whole: Path | None = None) -> None:
+        super().__init__(message)
+        self.whole = whole
+
+
 class CheckpointFolder:
-    """The checkpoints of one run: ``step-00000123.pt``, and the links ``last`` and ``best``.
+    """The checkpoints of one run: ``step-00000123.pt``, the links ``last`` and ``best``, and ``best.safetensors``.
 
     Args:
         path: the folder; made at the first save.
@@ -47,8 +60,9 @@ class CheckpointFolder:
 
     @property
     def last(self) -> Path | None:
-        """The checkpoint that was written last, or None."""
-        return self._target("last")
+        """The checkpoint that was written last, or None. It may be gone or damaged: whoever loads it is told."""
+        # A run that was killed between its first checkpoint and the link to it has that one alone.
+        return self._target("last") or next(iter(_newest_first(self.path)), None)
 
     @property
     def best(self) -> Path | None:
@@ -58,31 +72,42 @@ class CheckpointFolder:
     def save(self, state: Mapping[str, Any], step: int, *, is_best: bool) -> Path:
         """Writes one checkpoint, points `last` (and `best`) at it, then removes those no longer kept.
 
+        Args:
+            state: tensors and plain values; "model" is the state_dict, whose tensors `best.safetensors` holds.
+            step: names the file.
+            is_best: whether it is the best so far.
+
         Raises:
-            OSError: no space, no permission: the previous checkpoints are untouched.
+            OSError: no space, no permission, bytes that read back other than written: what was there is untouched.
         """
         self.path.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.path)
         target = self.path / f"step-{step:08d}.pt"
-        save_checkpoint({**state, "format": FORMAT}, target)
-        for name in ("last", "best") if is_best else ("last",):
+        state = {**state, "format": FORMAT}
+        writers: dict[Path, Any] = {target: lambda file: _write_checkpoint(state, file)}
+        if is_best:
+            writers[self.path / BEST_WEIGHTS] = lambda file: write_safetensors(state["model"], _told(state), file)
+        write_whole(writers)
+        # `last` comes last: a run that is killed before it goes on from the one before, and finds this best again.
+        for name in ("best", "last") if is_best else ("last",):
             self._point(name, target)
         self._prune()
         return target
 
     def _target(self, name: str) -> Path | None:
         link = self.path / name
-        return self.path / link.readlink() if link.exists() else None
+        if link.is_symlink():
+            return self.path / link.readlink()
+        return link if link.exists() else None  # a copy of the folder that has turned links into files
 
     def _point(self, name: str, target: Path) -> None:
         temporary = self.path / f".{name}.tmp"
-        temporary.unlink(missing_ok=True)
         temporary.symlink_to(target.name)
         temporary.replace(self.path / name)
         flush_folder(self.path)
 
     def _prune(self) -> None:
-        # By time of writing, not by step: a run resumed from an earlier step keeps what it writes now.
-        newest_first = sorted(self.path.glob("step-*.pt"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
+        newest_first = _newest_first(self.path)
         kept = {path.name for path in (self.last, self.best, *newest_first[: self.keep]) if path is not None}
         for file in newest_first:
             if file.name not in kept:
@@ -94,32 +119,37 @@ def last_checkpoint(run_dir: Path) -> Path | None:
     return CheckpointFolder(run_dir / CHECKPOINTS).last
 
 
+def newest_whole(folder: Path, other_than: Path) -> Path | None:
+    """The newest checkpoint of a folder whose checksum holds, one left out; None where there is no other."""
+    for file in _newest_first(folder):
+        if file.resolve() != other_than.resolve() and _fault(file) is None:
+            return file
+    return None
+
+
 def save_checkpoint(state: Mapping[str, Any], path: Path) -> None:
     """Writes `state` (tensors and plain values) to `path`: whole, or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w+b") as file:
-            torch.save(dict(state), file)
-            _append_checksum(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    flush_folder(path.parent)
+    write_whole({path: lambda file: _write_checkpoint(state, file)})
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Reads a checkpoint onto the CPU with `weights_only=True`, after verifying its checksum.
 
     Raises:
-        CheckpointError: missing, truncated, damaged, or of another format.
+        DamagedCheckpointError: missing, truncated or altered; it names the newest checkpoint beside it that verifies.
+        CheckpointError: of another format.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint; give a checkpoint file, or the folder of a run")
-    _verify_checksum(path)
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    fault = _fault(path)
+    if fault is not None:
+        whole = newest_whole(path.parent, path)
+        mend = f"the newest beside it that verifies is {whole}" if whole else "no other beside it verifies"
+        raise DamagedCheckpointError(f"{path}: {fault}; {mend}", whole)
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: is whole, but holds more than tensors and plain values; give a checkpoint that eventkern wrote"
+        ) from error
     if state.get("format") != FORMAT:
         raise CheckpointError(
             f"{path}: checkpoint format {state.get('format')}, but this version reads {FORMAT}; "
@@ -164,49 +194,92 @@ def set_random_state(state: Mapping[str, Any]) -> None:
             torch.cuda.set_rng_state(cuda_state, device)
 
 
-def flush_folder(path: Path) -> None:
-    """Makes renames inside the folder survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
+class _ChecksummedZip:
+    """Passes a zip archive on to a file, and ends it in a comment: the checksum of all bytes before that.
+
+    The bytes are hashed as they are written, so that a file that differs from them does not verify.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self._held_back = b""  # the end record, which tells the length of the comment
+        self.error: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        if len(data) >= END_OF_ZIP_BYTES:
+            self._put(self._held_back)
+            self._put(memoryview(data)[:-END_OF_ZIP_BYTES])
+            self._held_back = bytes(data[-END_OF_ZIP_BYTES:])
+        else:
+            joined = self._held_back + bytes(data)
+            self._put(joined[:-END_OF_ZIP_BYTES])
+            self._held_back = joined[-END_OF_ZIP_BYTES:]
+        return len(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def finish(self) -> None:
+        """Writes the end record with its comment."""
+        is_bare = self._held_back.startswith(END_OF_ZIP) and self._held_back.endswith(b"\0\0")
+        assert is_bare, "torch.save no longer ends in a zip record without a comment"
+        self._put(self._held_back[:-2] + COMMENT_BYTES.to_bytes(2, "little"))
+        self._file.write(COMMENT + self._digest.hexdigest().encode())
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self._digest.update(data)
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.error = error  # torch turns it into a RuntimeError that does not tell it
+            raise
+
+
+def _write_checkpoint(state: Mapping[str, Any], file: IO[bytes]) -> None:
+    """Writes a checkpoint to an open file and reads it back, since older ones are pruned in trust of it."""
+    archive: Any = _ChecksummedZip(file)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        torch.save(dict(state), archive)
+    except RuntimeError:
+        if archive.error is not None:
+            raise archive.error from None
+        raise
+    archive.finish()
+    file.flush()
+    if file.readable() and _fault_of(file) is not None:
+        raise OSError(errno.EIO, f"{file.name}: read back, its bytes are not those written; see to the disk or memory")
 
 
-def _append_checksum(file: IO[bytes]) -> None:
-    """Turns the archive's empty comment into the checksum of all bytes before it."""
-    file.seek(-END_OF_ZIP_BYTES, os.SEEK_END)
-    record = file.read()
-    is_bare = record.startswith(END_OF_ZIP) and record.endswith(b"\0\0")
-    assert is_bare, "torch.save no longer ends in a zip record without a comment"
-    file.seek(-2, os.SEEK_END)
-    file.write(COMMENT_BYTES.to_bytes(2, "little"))
-    end = file.tell()
-    file.seek(0)
-    digest = _digest(file, end)
-    file.write(COMMENT + digest)
-
-
-def _verify_checksum(path: Path) -> None:
+def _fault(path: Path) -> str | None:
+    """What is wrong with the file of a checkpoint, or None."""
+    if not path.is_file():
+        return "no such checkpoint"
     with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - COMMENT_BYTES))
-        comment = file.read()
-        if not comment.startswith(COMMENT):
-            raise CheckpointError(
-                f"{path}: truncated, or no checkpoint: {size} bytes do not end in a checksum; {MEND_DAMAGE}"
-            )
-        file.seek(0)
-        if _digest(file, size - COMMENT_BYTES) != comment.removeprefix(COMMENT):
-            raise CheckpointError(
-                f"{path}: damaged: its bytes do not have the checksum it was written with; {MEND_DAMAGE}"
-            )
+        return _fault_of(file)
 
 
-def _digest(file: IO[bytes], num_bytes: int) -> bytes:
-    digest = hashlib.sha256()
-    while num_bytes:
-        block = file.read(min(BLOCK_BYTES, num_bytes))
+def _fault_of(file: IO[bytes]) -> str | None:
+    size = file.seek(0, 2)
+    file.seek(max(0, size - COMMENT_BYTES))
+    comment = file.read()
+    if not comment.startswith(COMMENT) or len(comment) != COMMENT_BYTES:
+        return f"truncated, or no checkpoint: {size} bytes do not end in a checksum"
+    file.seek(0)
+    digest, left = hashlib.sha256(), size - COMMENT_BYTES
+    while block := file.read(min(BLOCK_BYTES, left)):
         digest.update(block)
-        num_bytes -= len(block)
-    return digest.hexdigest().encode()
+        left -= len(block)
+    is_whole = digest.hexdigest().encode() == comment.removeprefix(COMMENT)
+    return None if is_whole else "damaged: its bytes do not have the checksum it was written with"
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    """By time of writing, not by step: a run resumed from an earlier step keeps what it writes now."""
+    return sorted(folder.glob("step-*.pt"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
+
+
+def _told(state: Mapping[str, Any]) -> dict[str, str]:
+    """What best.safetensors tells of its weights: "pt" as other programs expect it, the rest as JSON."""
+    told = {key: state[key] for key in ("step", "best_loss", "config", "metadata") if key in state}
+    return {"format": "pt"} | {key: json.dumps(value, default=str) for key, value in told.items()}

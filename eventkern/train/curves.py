@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eventkern.train.atomic import write_file
 from eventkern.train.boards import has
 from eventkern.train.ledger import Ledger
 from eventkern.train.logging import CURVES_FILE, METRICS_FILE, read_metrics
+from eventkern.train.whole_files import write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

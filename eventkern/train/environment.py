@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from eventkern import hardware
-from eventkern.train.atomic import write_file
+from eventkern.train.whole_files import write_file
 
 CONFIG_FILE = "config.toml"
 ENVIRONMENT_FILE = "environment.json"

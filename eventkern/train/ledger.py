@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eventkern.train.atomic import write_file
+from eventkern.train.whole_files import write_file
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -10,11 +10,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from eventkern.train.atomic import write_file
 from eventkern.train.boards import Board, TensorBoard, WeightsAndBiases, has
 from eventkern.train.ledger import Ledger
 from eventkern.train.lines import heading, line
 from eventkern.train.protocols import TrainableModel
+from eventkern.train.whole_files import write_file
 
 if TYPE_CHECKING:
     from rich.console import Console

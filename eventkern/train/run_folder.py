@@ -34,22 +34,22 @@ def find_run(name: str, run_dir: Path | None = None, resume: str | None = None) 
             fresh start; or the path of a checkpoint or of a run folder.
 
     Raises:
-        ConfigError: no checkpoint at `resume`, a fresh start in a folder that holds checkpoints, or a file in the place
-            of the folder.
+        ConfigError: no checkpoint at `resume`, a fresh start in a folder that holds checkpoints, a file in the place of
+            the folder, or a folder that may not be written to.
     """
     if run_dir is not None:
         require_folder(run_dir, "--run-dir")
+        require_folder(run_dir / CHECKPOINTS, "--run-dir")  # before an hour of training finds out
     checkpoint = None
     if resume == "auto":
         if run_dir is None:
-            run_dir = max(
-                (link.parent.parent for link in RUNS.glob(f"????????-??????-{name}/{CHECKPOINTS}/last")), default=None
-            )
+            runs = RUNS.glob(f"????????-??????-{name}")
+            run_dir = max((run for run in runs if last_checkpoint(run) is not None), default=None)
         checkpoint = last_checkpoint(run_dir) if run_dir is not None else None
     elif resume is not None:
         path = Path(resume)
         checkpoint = last_checkpoint(path) if path.is_dir() else path
-        if checkpoint is None or not checkpoint.is_file():
+        if checkpoint is None or not os.path.lexists(path):  # a link to nothing is for the loader to name
             raise ConfigError(f"--resume {resume}: no checkpoint there; give a checkpoint, a run folder, or auto")
         if run_dir is None and checkpoint.parent.name == CHECKPOINTS:
             run_dir = checkpoint.parent.parent
@@ -67,11 +67,18 @@ def fresh_folder(suffix: str = "") -> Path:
 
 
 def require_folder(path: Path, option: str) -> None:
-    """Raises a ConfigError where a folder cannot be, because it or one above it is a file."""
+    """Raises a ConfigError where a folder cannot be or be written to: it, or the one it would be in, forbids it."""
     for place in (path, *path.parents):
-        if place.exists() and not place.is_dir():
-            where = "is a file" if place == path else f"{place} is a file"
-            raise ConfigError(f"{option} {path}: {where}; give the path of a folder, or move the file away")
+        if not place.exists():
+            continue
+        where = "" if place == path else f"{place} "
+        if not place.is_dir():
+            raise ConfigError(f"{option} {path}: {where}is a file; give the path of a folder, or move the file away")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise ConfigError(
+                f"{option} {path}: {where}may not be written to; give the path of another folder, or its permission"
+            )
+        return
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from eventkern.train.atomic import write_file
+from eventkern.train.whole_files import write_file
 
 
 def test_text_and_bytes_replace_what_was_there(tmp_path: Path) -> None:

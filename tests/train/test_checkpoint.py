@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import shutil
@@ -13,11 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from eventkern.train import CheckpointError
 from eventkern.train.checkpoint import (
     COMMENT_BYTES,
     CheckpointFolder,
+    DamagedCheckpointError,
     last_checkpoint,
     load_checkpoint,
     load_weights,
@@ -58,7 +61,7 @@ def test_every_truncation_is_named(saved: Path) -> None:
     for length in (0, 1, 21, COMMENT_BYTES, len(content) // 2, len(content) - COMMENT_BYTES, len(content) - 1):
         saved.write_bytes(content[:length])
         with pytest.raises(
-            CheckpointError, match=rf"step-00000003\.pt: truncated, or no checkpoint: {length} bytes.*copy it"
+            DamagedCheckpointError, match=rf"step-00000003\.pt: truncated, or no checkpoint: {length} bytes.*no other"
         ):
             load_checkpoint(saved)
 
@@ -68,7 +71,7 @@ def test_a_flipped_bit_anywhere_is_named(saved: Path) -> None:
     for place in (0, 100, len(content) // 2, len(content) - COMMENT_BYTES - 1, len(content) - 1):
         content[place] ^= 1
         saved.write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"step-00000003\.pt: damaged.*; copy it again, or give another"):
+        with pytest.raises(CheckpointError, match=r"step-00000003\.pt: damaged.*; no other beside it verifies"):
             load_checkpoint(saved)
         content[place] ^= 1
     saved.write_bytes(content)
@@ -76,7 +79,7 @@ def test_a_flipped_bit_anywhere_is_named(saved: Path) -> None:
 
 
 def test_missing_and_foreign_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"gone\.pt: no such checkpoint; give a checkpoint file"):
+    with pytest.raises(CheckpointError, match=r"gone\.pt: no such checkpoint; no other beside it verifies"):
         load_checkpoint(tmp_path / "gone.pt")
     torch.save({"model": {}}, tmp_path / "foreign.pt")
     with pytest.raises(CheckpointError, match=r"foreign\.pt: truncated, or no checkpoint"):
@@ -117,6 +120,7 @@ def test_last_and_best_are_relative_links_and_the_rest_is_pruned(tmp_path: Path)
         folder.save(state_of(step), step, is_best=is_best)
     assert sorted(os.listdir(folder.path)) == [
         "best",
+        "best.safetensors",
         "last",
         "step-00000020.pt",
         "step-00000040.pt",
@@ -128,6 +132,96 @@ def test_last_and_best_are_relative_links_and_the_rest_is_pruned(tmp_path: Path)
     last, best = CheckpointFolder(moved / "checkpoints").last, CheckpointFolder(moved / "checkpoints").best
     assert (last, best) == (moved / "checkpoints/step-00000050.pt", moved / "checkpoints/step-00000020.pt")
     assert last_checkpoint(moved) == last
+
+
+def test_the_newest_that_verifies_is_offered(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=9)
+    paths = [folder.save(state_of(step), step, is_best=False) for step in (10, 20, 30, 40)]
+    for path in (paths[1], paths[3]):
+        path.write_bytes(path.read_bytes()[:-1])
+        os.utime(path, ns=(0, paths[3].stat().st_mtime_ns + 1))  # newer than all the others
+    for damaged in (paths[3], folder.path / "last"):
+        with pytest.raises(
+            DamagedCheckpointError, match=rf"; the newest beside it that verifies is {paths[2]}$"
+        ) as told:
+            load_checkpoint(damaged)
+        assert told.value.whole == paths[2]
+
+
+def test_a_checkpoint_that_reads_back_otherwise_takes_the_place_of_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = CheckpointFolder(tmp_path)
+    folder.save(state_of(1.0), 1, is_best=True)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    real_open = Path.open
+
+    def flipping_open(path: Path, *arguments: Any, **options: Any) -> Any:
+        file = real_open(path, *arguments, **options)
+
+        class Flipping:
+            """Passes everything on, but for one bit of the tensor."""
+
+            def write(self, data: Any) -> int:
+                if len(data) > 4000:
+                    data = bytearray(data)
+                    data[2000] ^= 4
+                return file.write(data)
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(file, name)
+
+            def __enter__(self) -> Any:
+                return self
+
+            def __exit__(self, *_: object) -> None:
+                file.close()
+
+        return Flipping()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", flipping_open)
+        with pytest.raises(
+            OSError, match=r"\.step-00000002\.pt\.tmp: read back, its bytes are not those written"
+        ) as told:
+            folder.save(state_of(2.0), 2, is_best=False)
+    assert told.value.errno == errno.EIO
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_leavings_of_a_killed_save_are_removed_by_the_next(tmp_path: Path) -> None:
+    for name in (".step-00000009.pt.tmp", ".best.safetensors.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    (tmp_path / ".last.tmp").symlink_to("step-00000009.pt")
+    CheckpointFolder(tmp_path).save(state_of(1.0), 10, is_best=False)
+    assert sorted(os.listdir(tmp_path)) == ["last", "step-00000010.pt"]
+
+
+def test_the_best_weights_alone_tell_where_they_are_from(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    origin = {"lineage": {"key": "person"}}
+    folder.save({**state_of(1.0), "best_loss": 2.5, "config": {"lr": 0.1}, "metadata": origin}, 3, is_best=True)
+    folder.save({**state_of(9.0), "step": 4}, 4, is_best=False)
+    with safe_open(tmp_path / "best.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("weight"), torch.ones(50, 40))
+        told = file.metadata()
+    assert told.pop("format") == "pt"
+    assert {key: json.loads(value) for key, value in told.items()} == {
+        "step": 3,
+        "best_loss": 2.5,
+        "config": {"lr": 0.1},
+        "metadata": origin,
+    }
+
+
+def test_without_its_link_the_newest_is_the_last(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "run/checkpoints", keep=9)
+    for step in (10, 40, 20):
+        folder.save(state_of(step), step, is_best=False)
+    (folder.path / "last").unlink()
+    assert last_checkpoint(tmp_path / "run") == folder.path / "step-00000020.pt"
+    (folder.path / "last").symlink_to("step-00000099.pt")
+    assert last_checkpoint(tmp_path / "run") == folder.path / "step-00000099.pt"  # the loader names what is gone
 
 
 def test_a_run_resumed_from_an_earlier_step_keeps_what_it_writes(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def make_run(path: str, step: int) -> Path:
-    CheckpointFolder(Path(path, "checkpoints")).save({}, step, is_best=True)
+    CheckpointFolder(Path(path, "checkpoints")).save({"model": {}}, step, is_best=True)
     return Path(path, f"checkpoints/step-{step:08d}.pt")
 
 

@@ -1,0 +1,89 @@
+"""Files that are written whole, or not at all."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+def write_whole(writers: Mapping[Path, Callable[[IO[bytes]], object]]) -> None:
+    """Writes files of one folder: each to a temporary file that is flushed to the disk, and only then are all renamed.
+
+    A crash between two renames leaves the later files as they were; any error before leaves all of them so.
+
+    Args:
+        writers: what writes each file, given it open for writing and reading. Where there is no space they are called
+            once more, with a file that cannot be read and only counts, since the sizes belong into the message.
+
+    Raises:
+        OSError: no space (with the bytes wanted and free), no permission; no temporary file stays behind.
+    """
+    temporaries = {path: path.with_name(f".{path.name}.tmp") for path in writers}
+    try:
+        for path, temporary in temporaries.items():
+            with temporary.open("w+b") as file:
+                writers[path](file)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, temporary in temporaries.items():
+            temporary.replace(path)
+    except BaseException as error:
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            raise _no_space(error, writers) from error
+        raise
+    for folder in {path.parent for path in writers}:
+        flush_folder(folder)
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Writes a file, text as UTF-8, whole or not at all; raises as `write_whole`."""
+    encoded = content.encode() if isinstance(content, str) else content
+    write_whole({path: lambda file: file.write(encoded)})
+
+
+def flush_folder(path: Path) -> None:
+    """Makes renames inside the folder survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes the temporary files of a process that was killed while it wrote."""
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink()
+
+
+class _Counter(io.RawIOBase):
+    """A file that keeps nothing but the number of bytes written to it."""
+
+    num_bytes = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.num_bytes += memoryview(data).nbytes
+        return memoryview(data).nbytes
+
+
+def _no_space(error: OSError, writers: Mapping[Path, Callable[[IO[bytes]], object]]) -> OSError:
+    """The same error, with what would mend it."""
+    counter: Any = _Counter()
+    for write in writers.values():
+        write(counter)
+    free_bytes = shutil.disk_usage(next(iter(writers)).parent).free  # without the temporary files, which are gone
+    names = " and ".join(map(str, writers))
+    sizes = f"{counter.num_bytes:,} bytes wanted, {free_bytes:,} free"
+    return OSError(error.errno, f"{names}: {os.strerror(error.errno or 0)}: {sizes}; earlier files are as they were")
