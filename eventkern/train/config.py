@@ -59,8 +59,8 @@ class TrainerConfig:
     """Optimizer steps between evaluations; None: at the end of each epoch. A run also ends with one."""
     save_every: int | None = None
     """Optimizer steps between checkpoints beside those that every evaluation writes; None: only those."""
-    keep_checkpoints: int = 1
-    """Newest checkpoints kept, beside the best."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept, beside the best; 2 leave one to go on from where the last is damaged."""
     log_every: int = 50
     """Optimizer steps between logged steps; evaluated and saved steps are logged too."""
     log: Literal["none", "wandb"] = "none"

@@ -215,7 +215,9 @@ class ScriptedModel:
 
 def test_best_is_the_lowest_validation_loss_and_the_ledger_is_its(tiny: Any, tmp_path: Path) -> None:
     ledger = Ledger(("kind", "place"), (5, 7), [1.5, 1.8], [1.4, 1.7])
-    trainer = make_trainer(tiny, tmp_path, ScriptedModel(tiny, [4.0, 3.0, 3.5, 3.25]), evaluate_every=3)
+    trainer = make_trainer(
+        tiny, tmp_path, ScriptedModel(tiny, [4.0, 3.0, 3.5, 3.25]), evaluate_every=3, keep_checkpoints=1
+    )
     trainer.ledger = ledger
     result = trainer.fit()
     assert result.best_loss == 3.0
