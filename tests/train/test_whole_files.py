@@ -19,7 +19,10 @@ def test_files_are_flushed_then_renamed_then_their_folder_is_flushed(
     real_fsync, real_replace = os.fsync, os.replace
 
     def fsync(descriptor: int) -> None:
-        order.append(f"flush {os.path.basename(os.readlink(f'/proc/self/fd/{descriptor}'))}")
+        (name,) = [
+            path.name for path in (tmp_path, *tmp_path.iterdir()) if path.stat().st_ino == os.fstat(descriptor).st_ino
+        ]
+        order.append(f"flush {name}")
         real_fsync(descriptor)
 
     def replace(old: Any, new: Any) -> None:
