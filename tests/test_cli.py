@@ -399,7 +399,8 @@ def test_no_space_for_the_run_leaves_no_folder(
 
     monkeypatch.setattr("os.fsync", no_space)
     assert main(["train", "small.toml", "--run-dir", "new", "--max-steps", "1"]) == 1
-    assert capsys.readouterr().err == "eventkern: [Errno 28] No space left on device\n"
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith("eventkern: [Errno 28] new/config.toml: No space left on device: ")
     assert not (here / "new").exists()
 
 

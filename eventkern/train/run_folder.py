@@ -88,7 +88,8 @@ def locked(run_dir: Path) -> Iterator[None]:
 
     The lock is the kernel's (flock on a file in the folder): it ends with the process, by SIGKILL too, so that none is
     ever left behind. The file tells process and host, and goes with the lock; so does the folder, where it was made
-    here and nothing was written to it. What a killed writer left half-written is removed. Under torchrun rank 0 holds the lock for all.
+    here and nothing was written to it. What a killed writer left half-written is removed. Under torchrun rank 0 holds
+    the lock for all.
 
     On NFS the lock reaches other hosts where the mount has a lock service, and on Lustre with `-o flock`; with an
     option such as `local_lock` it holds on one host only. Where the file system has no locks at all, a line says so.
