@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import json
+import os
 import re
 import shlex
 import sys
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from eventkern.train.config import ConfigError, TrainerConfig, known_keys, read_config, require, to_mapping
+from eventkern.train.failures import OtherRankError, RunFailure
 from eventkern.train.termination import Terminated, terminable
 
 try:
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from eventkern.data import EventStore
     from eventkern.models import EventTransformerConfig
     from eventkern.train import Ledger
+    from eventkern.train.distributed import Ranks
 
 CONFIGS = Path(__file__).parent / "configs"
 POSITIONAL = ("source", "config", "checkpoint")
@@ -153,12 +157,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 case Info():
                     info()
         return 0
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         is_mistake = isinstance(error, (ConfigError, *_user_errors()))
-        if isinstance(error, ValueError) and not is_mistake:
+        is_explained = is_mistake or isinstance(error, (OSError, FloatingPointError, RunFailure))
+        if not is_explained:
             raise  # of our own making: the traceback is wanted
-        print(f"eventkern: {error}{_way_on(error, arguments)}", file=sys.stderr)
+        rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+        print(f"eventkern: {rank}{error}", file=sys.stderr)
         return 2 if is_mistake else 1
+    except OtherRankError:
+        return 1  # the rank that failed tells why
     except Terminated:
         print("eventkern: terminated", file=sys.stderr)
         return 143
@@ -261,8 +269,17 @@ def prepare(command: Prepare) -> None:
 
 
 def train(command: Train) -> None:
-    """`eventkern train`, in a folder that no other process uses."""
-    from eventkern.train.run_folder import find_run, locked
+    """`eventkern train`, in a process of its own or in those that torchrun has started."""
+    from eventkern.train.distributed import join
+
+    config = RunConfig(**{field.name: getattr(command, field.name) for field in dataclasses.fields(RunConfig)})
+    with join(config.device) as ranks:
+        train_together(command, config, ranks)
+
+
+def train_together(command: Train, config: RunConfig, ranks: Ranks) -> None:
+    """`eventkern train` among the ranks: the main one finds the run and prepares its store, and alone writes."""
+    import tomli_w
 
     config = RunConfig(**{field.name: getattr(command, field.name) for field in dataclasses.fields(RunConfig)})
     run_dir, checkpoint = find_run(Path(command.config).stem, command.run_dir, command.resume)
@@ -276,40 +293,56 @@ def train_in(run_dir: Path, config: RunConfig, checkpoint: Path | None) -> None:
     from eventkern.data.shipped import TABLES, open_store
     from eventkern.models import EventTransformer
     from eventkern.train import Loaders, Trainer
-    from eventkern.train.device import keep_freed_memory, seed_everything, select_device, select_precision
-    from eventkern.train.environment import record_run
+    from eventkern.train.device import keep_freed_memory, seed_everything
+    from eventkern.train.environment import environment
     from eventkern.train.lineage import refuse_other_lineage
 
-    device = select_device(config.device)
     keep_freed_memory()
-    store = open_store(config.data.store)
-    sizes = model_config(config, store)
-    origin = lineage(store, sizes)
-    if checkpoint is not None:
-        state = load_run(checkpoint)
-        refuse_other_lineage(state["metadata"]["lineage"], origin, checkpoint, store.path)
-    options = {key: getattr(config, key) for key in ("src_seq_len", "tgt_seq_len", "id_category_size", "batch_size")}
-    train_loader = EventLoader(store, "train", seed=config.seed, device=device, **options)
-    validation_loader = EventLoader(store, "validation", device=device, **options)
-    seed_everything(config.seed)
-    if config.data.store not in TABLES:  # an absolute path, so that config.toml continues the run from any folder
-        config = dataclasses.replace(config, data=DataConfig(store=str(Path(config.data.store).absolute())))
+    found = None
+    with ranks.together():
+        if ranks.is_main:
+            found = find_run(Path(command.config).stem, command.run_dir, command.resume)
+            open_store(config.data.store)
+    run_dir, checkpoint = ranks.gather(found)[0] or (Path(), None)
+    with ranks.together():
+        store = open_store(config.data.store)
+        sizes = model_config(config, store)
+        origin = lineage(store, sizes)
+        if checkpoint is not None:
+            state = load_run(checkpoint)
+            refuse_other_lineage(state["metadata"]["lineage"], origin, checkpoint, store.path)
+        keys = ("src_seq_len", "tgt_seq_len", "id_category_size", "batch_size")
+        options: dict[str, Any] = {"device": ranks.device, **{key: getattr(config, key) for key in keys}}
+        share: dict[str, Any] = {"rank": ranks.rank, "world_size": ranks.world_size}
+        train_loader = EventLoader(store, "train", seed=config.seed, **share, **options)
+        validation_loader = EventLoader(store, "validation", **options)
+        seed_everything(config.seed)
+        model = EventTransformer(sizes)
+        ledger = build_ledger(store, config.id_category_size)
+    if config.data.store not in TABLES:
+        absolute = DataConfig(store=str(Path(config.data.store).absolute()))
+        config = dataclasses.replace(config, data=absolute)  # so that config.toml continues the run from any folder
     resume_command = ["eventkern", "train", str(run_dir / "config.toml"), "--run-dir", str(run_dir), "--resume", "auto"]
     trainer = Trainer(
-        EventTransformer(sizes),
+        model,
         config,
         Loaders(train_loader, validation_loader),
         run_dir=run_dir,
-        ledger=build_ledger(store, config.id_category_size),
+        ledger=ledger,
         metadata={"model": dataclasses.asdict(sizes), "run": to_mapping(config), "lineage": origin},
         resume_command=shlex.join(resume_command),
+        ranks=ranks,
     )
     if checkpoint is not None:
         trainer.resume(checkpoint, state)
-    precision = select_precision(config.precision, device)
-    record_run(run_dir, to_mapping(config), precision=precision, seed=config.seed, from_step=trainer.step)
-    told = f"{store.num_events:,} events, {device}, step {trainer.step} of {trainer.total_steps}"
-    print(f"run {run_dir}: {told}", flush=True)
+    with ranks.together():
+        if ranks.is_main:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / "config.toml").write_text(tomli_w.dumps(to_mapping(config)), encoding="utf-8")
+            (run_dir / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
+            steps = f"step {trainer.step} of {trainer.total_steps}"
+            where = ranks.device if ranks.is_alone else f"{ranks.world_size} ranks on {ranks.device.type}"
+            print(f"run {run_dir}: {store.num_events:,} events, {where}, {steps}", flush=True)
     trainer.fit()
 
 

@@ -31,7 +31,7 @@ class TrainerConfig:
     epochs: int = 20
     """Passes over the training anchors."""
     batch_size: int = 32
-    """Windows in a micro-batch."""
+    """Windows in a micro-batch, of each rank."""
     grad_accum: int = 1
     """Micro-batches in an optimizer step, weighted so that they equal one large batch."""
     max_steps: int | None = None
@@ -49,8 +49,15 @@ class TrainerConfig:
     """Optimizer steps over which the learning rate climbs from 0 to lr."""
     clip: float = 1.0
     """Largest norm of all gradients together; 0: no clipping."""
-    precision: Literal["fp32", "bf16", "auto"] = "auto"
-    """bf16 is autocast over float32 weights; auto: bf16 on a CUDA device that has it, else fp32."""
+    precision: Literal["fp32", "tf32", "bf16", "fp16", "auto"] = "auto"
+    """Weights are float32 always. tf32: CUDA's matrix products of float32 with fewer bits; bf16 and fp16: autocast,
+    fp16 with a loss scale; auto: bf16 on a CUDA device that has it, else fp32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the model; auto: on for CUDA, off elsewhere."""
+    sharding: Literal["none", "fully_shard"] = "none"
+    """Under torchrun: every rank holds the whole model (DistributedDataParallel), or a share of it (fully_shard)."""
+    max_skipped_steps: int = 10
+    """Steps in a row that may be skipped because a loss or a gradient is not finite; so many end the run."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: cuda, else mps, else cpu."""
     seed: int = 0
@@ -69,7 +76,7 @@ class TrainerConfig:
     """Histograms of weights and gradients at every evaluation; gradients then stay in memory until the next step."""
 
     def __post_init__(self) -> None:
-        for key in ("epochs", "batch_size", "grad_accum", "log_every", "keep_checkpoints"):
+        for key in ("epochs", "batch_size", "grad_accum", "log_every", "keep_checkpoints", "max_skipped_steps"):
             require(self, key, getattr(self, key) >= 1, "at least 1")
         for key in ("max_steps", "evaluate_every", "save_every"):
             value = getattr(self, key)

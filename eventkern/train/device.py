@@ -5,11 +5,17 @@ from __future__ import annotations
 import ctypes
 import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 
 from eventkern.train.config import ConfigError
+
+FUSED_DEVICES = ("cpu", "cuda")
+"""Where torch's fused optimizers run, which skip a step when a tensor on the device says so."""
 
 
 def select_device(name: str) -> torch.device:
@@ -46,19 +52,51 @@ def keep_freed_memory() -> None:
 
 
 def select_precision(name: str, device: torch.device) -> str:
-    """ "fp32" or "bf16"; "auto" is bf16 on a CUDA device that computes in it, else fp32."""
-    if name != "auto":
-        return name
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    """ "fp32", "tf32", "bf16" or "fp16"; "auto" is bf16 on a CUDA device that computes in it, else fp32.
+
+    Raises:
+        ConfigError: tf32 or fp16 on a device that has none.
+    """
+    if name == "auto":
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if has_bf16 else "fp32"
+    if name == "tf32":
+        is_there = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        is_there = name != "fp16" or device.type in FUSED_DEVICES  # where a step that overflows is skipped for nothing
+    if not is_there:
+        raise ConfigError(f"precision is {name!r}, but device {device} has none: use fp32 or auto")
+    return name
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """bf16 autocast over float32 weights, or nothing for fp32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    """Autocast to bf16 or fp16 over float32 weights, or nothing for fp32 and tf32."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision in ("bf16", "fp16"))
 
 
-def seed_everything(seed: int) -> None:
-    """Seeds the generators of python, numpy and torch (on every device)."""
+@contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """For tf32: inside, CUDA's matrix products and convolutions of float32 tensors are computed in TF32."""
+    cudnn: Any = torch.backends.cudnn
+    settings: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        if precision == "tf32":
+            for setting in settings:
+                setting.fp32_precision = "tf32"
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            if setting.fp32_precision != value:
+                setting.fp32_precision = value
+
+
+def seed_everything(seed: int, rank: int = 0, step: int = 0) -> None:
+    """Seeds the generators of python, numpy and torch (on every device); other ranks and steps draw other numbers."""
+    if rank or step:  # hashed together, since a sum is another run's seed
+        (seed,) = np.random.SeedSequence([seed, rank, step]).generate_state(1, np.uint64).tolist()
+        seed >>= 1
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002  # for code that uses the global generator
     torch.manual_seed(seed)

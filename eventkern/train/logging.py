@@ -170,6 +170,88 @@ class RunLog:
         else:
             print_ledger(ledger)
 
+    def _line(self, row: Mapping[str, float]) -> str:
+        left_s = max(0, self._total_steps - row["step"]) * row["step_ms"] / 1e3
+        parts = [
+            f"step {row['step']}/{self._total_steps}",
+            f"epoch {row['epoch']}",
+            f"loss {row['loss_sum']:.3f} (mean {row['loss_mean']:.4f})",
+        ]
+        if "validation_loss_sum" in row:
+            parts.append(f"validation {row['validation_loss_sum']:.3f} (mean {row['validation_loss_mean']:.4f})")
+        parts += [
+            f"lr {row['lr']:.2e}",
+            f"grad norm {row['grad_norm']:.3f}",
+            f"{row['step_ms']:.1f} ms/step",
+            f"{row['events_per_s']:,.0f} events/s",
+            f"data wait {100 * row['data_wait_share']:.1f} %",
+            f"left {int(left_s // 60)}:{int(left_s % 60):02d}",
+        ]
+        return "  ".join(parts)
+
+    def _write_board(
+        self,
+        step: int,
+        row: Mapping[str, float],
+        losses: Sequence[float],
+        validation: Mapping[str, Sequence[float]] | None,
+    ) -> None:
+        scalars = {
+            "train/total": row["loss_sum"],
+            "train/mean": row["loss_mean"],
+            **{f"train/{name}": loss for name, loss in zip(self._names, losses, strict=True)},
+            **{f"train/{key}": row[key] for key in ("grad_norm", "lr", "events_per_s", "step_ms", "data_wait_share")},
+        }
+        if validation is not None:
+            scalars["validation/total"] = row["validation_loss_sum"]
+            scalars["validation/mean"] = row["validation_loss_mean"]
+            for name, loss, top1 in zip(self._names, validation["loss"], validation["top1"], strict=True):
+                scalars[f"validation/{name}"] = loss
+                scalars[f"validation_top1/{name}"] = top1
+        for tag, value in scalars.items():
+            self._board.add_scalar(tag, value, step)
+
+
+class Meter:
+    """Counts steps, labels and time between two logged steps."""
+
+    def __init__(self) -> None:
+        self._waited_s = 0.0
+        self.start()
+
+    def start(self) -> None:
+        """Begins a new interval, so that evaluations and checkpoints are in none."""
+        self._start_s = time.perf_counter()
+        self._waited_s = 0.0
+        self._steps = 0
+        self.num_targets = torch.zeros((), dtype=torch.int64)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time spent in here is spent waiting for data."""
+        before = time.perf_counter()
+        yield
+        self._waited_s += time.perf_counter() - before
+
+    def leave_out(self, seconds: float) -> None:
+        """Takes seconds that went into no step, such as those of a compilation, out of the interval."""
+        self._start_s += seconds
+
+    def count(self, num_targets: Tensor) -> None:
+        """Counts a step; its labels stay on the device."""
+        self._steps += 1
+        self.num_targets = num_targets if self._steps == 1 else self.num_targets + num_targets
+
+    def read(self, num_targets: float) -> dict[str, float]:
+        """The interval's throughput, given its labels as a number."""
+        elapsed_s = time.perf_counter() - self._start_s
+        return {
+            "events_per_s": num_targets / elapsed_s,
+            "step_ms": 1e3 * elapsed_s / self._steps,
+            "data_wait_ms": 1e3 * self._waited_s / self._steps,
+            "data_wait_share": self._waited_s / elapsed_s,
+        }
+
 
 def print_ledger(ledger: Ledger) -> None:
     """Prints the ledger: a rich table on a terminal, else plain text."""

@@ -11,10 +11,10 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, ReduceLROnPlateau
 
 from eventkern.train.config import TrainerConfig
+from eventkern.train.device import FUSED_DEVICES
 
 PLATEAU_FACTOR = 0.5
 PLATEAU_PATIENCE = 3
-FUSED_DEVICES = ("cpu", "cuda")
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainerConfig) -> torch.optim.Optimizer:

@@ -69,12 +69,14 @@ class TinyModel(nn.Module):
 
 @dataclass
 class TinyLoader:
-    """Windows of 1 to 5 labels, right-padded, in an order that (seed, epoch) alone decides."""
+    """Windows of 1 to 5 labels, right-padded, in an order that (seed, epoch) alone decides, shared among ranks."""
 
     batch_size: int
     num_samples: int = 22
     seed: int = 0
     device: str = "cpu"
+    rank: int = 0
+    world_size: int = 1
     epoch: int = 0
     position: int = 0
     resume_position: int = 0
@@ -91,7 +93,8 @@ class TinyLoader:
         self.inputs = self.inputs.to(self.device)
 
     def __len__(self) -> int:
-        return -(-self.num_samples // self.batch_size)
+        whole, left = divmod(self.num_samples, self.batch_size * self.world_size)
+        return whole + (left >= self.world_size)
 
     def batch(self, samples: Tensor | Sequence[int]) -> TinyBatch:
         labels = self.labels[samples]
@@ -100,10 +103,10 @@ class TinyLoader:
     def __iter__(self) -> Iterator[TinyBatch]:
         order = torch.randperm(self.num_samples, generator=torch.Generator().manual_seed(1000 * self.seed + self.epoch))
         position, self.resume_position = self.resume_position, 0
-        while position < self.num_samples:
-            samples = order[position : position + self.batch_size]
-            position = self.position = position + len(samples)
-            yield self.batch(samples)
+        while len(among := order[position : position + self.batch_size * self.world_size]) >= self.world_size:
+            share = len(among) // self.world_size
+            position = self.position = position + len(among)
+            yield self.batch(among[self.rank * share : (self.rank + 1) * share])
         self.position = 0
 
     def set_epoch(self, epoch: int) -> None:

@@ -39,7 +39,10 @@ class Outer(TrainerConfig):
         ("warmup_steps", -1, "at least 0"),
         ("schedule", "warm", "constant | linear | cosine | plateau"),
         ("optimizer", "sgd", "adam | adamw"),
-        ("precision", "fp8", "fp32 | bf16 | auto"),
+        ("precision", "fp8", "fp32 | tf32 | bf16 | fp16 | auto"),
+        ("compile", "yes", "auto | on | off"),
+        ("sharding", "zero3", "none | fully_shard"),
+        ("max_skipped_steps", 0, "at least 1"),
     ],
 )
 def test_values_out_of_range_are_named(key: str, value: Any, wanted: str) -> None:

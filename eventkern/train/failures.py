@@ -1,0 +1,65 @@
+"""What ends a run and is nobody's mistake, in one line with its way out. Imports no torch before it is needed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from eventkern.train.config import TrainerConfig
+
+CONNECTION = ("gloo", "NCCL", "Connection", "Broken pipe", "Socket", "process group")
+"""Words of the errors that torch.distributed raises where another rank is gone."""
+
+
+class RunFailure(RuntimeError):
+    """A failure of the machine or of another rank: one line that says the way out."""
+
+
+class OtherRankError(Exception):
+    """Another rank has failed, and tells the reason; this one ends in silence."""
+
+
+@contextmanager
+def explained(config: TrainerConfig, *, is_alone: bool = True) -> Iterator[None]:
+    """Turns memory that is used up, a failed compilation and a lost rank into a RunFailure; the rest passes through.
+
+    Args:
+        config: names the keys and their values.
+        is_alone: there are no other ranks to lose.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RunFailure):
+            raise
+        if is_out_of_memory(error):
+            told = (
+                f"out of memory at batch_size {config.batch_size} and grad_accum {config.grad_accum}: lower "
+                f"batch_size, and raise grad_accum to keep the step as large ({_first_line(error)})"
+            )
+        elif _is_of_compiler(error):
+            told = f"torch.compile failed; --compile off trains without it ({_first_line(error)})"
+        elif not is_alone and any(word in str(error) for word in CONNECTION):
+            told = f"lost another rank, whose own message says why; --resume auto goes on ({_first_line(error)})"
+        else:
+            raise
+        raise RunFailure(told) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the allocator of the CPU, had no memory left."""
+    import torch
+
+    is_of_device = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return is_of_device or "can't allocate memory" in str(error) or "MPS backend out of memory" in str(error)
+
+
+def _is_of_compiler(error: BaseException) -> bool:
+    exceptions = sys.modules.get("torch._dynamo.exc")  # not there, then nothing was compiled
+    return exceptions is not None and isinstance(error, exceptions.TorchDynamoException)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip()[:200] if lines else type(error).__name__

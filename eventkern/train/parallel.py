@@ -1,0 +1,158 @@
+"""A model over the ranks of a run, replicated or sharded, compiled or not; its state is that of the plain model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eventkern.train.distributed import Ranks
+
+
+class Parallel:
+    """Calls a model on this rank's batches; gradients of a synchronised backward are the mean over ranks.
+
+    Args:
+        model: on the device of `ranks`; `fully_shard` turns its parameters into shards, in place.
+        ranks: a process that is alone calls the model itself.
+        sharding: "none": every rank holds the model, under DistributedDataParallel; "fully_shard": every rank holds a
+            share of each block, by torch's function of that name, and gathers a block when it computes it. Blocks are
+            the members of the model's module lists that have no such list inside; the rest is one more.
+        is_compiled: the forward is compiled as one graph; that of each block where it is sharded, since the gathering
+            of blocks is no part of a graph.
+
+    Attributes:
+        is_cold: the first call will not be like those after it: it compiles, or finds out the order of gradients.
+    """
+
+    def __init__(self, model: Any, ranks: Ranks, *, sharding: str = "none", is_compiled: bool = False) -> None:
+        self.model = model
+        self.is_compiled = is_compiled
+        self.is_sharded = sharding == "fully_shard" and not ranks.is_alone
+        self.is_cold = is_compiled or not ranks.is_alone
+        self._ranks = ranks
+        self._forward: Any = model
+        if self.is_sharded:
+            self._shard()
+            return
+        if is_compiled:
+            self._forward = torch.compile(model, fullgraph=True)
+        if not ranks.is_alone:
+            from torch.nn.parallel import DistributedDataParallel
+
+            self._forward = DistributedDataParallel(self._forward, static_graph=True, gradient_as_bucket_view=True)
+
+    def _shard(self) -> None:
+        from torch.distributed import broadcast
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+        for tensor in self.model.state_dict().values():
+            broadcast(tensor, src=0)  # as DistributedDataParallel does
+        for block in blocks(self.model):
+            if self.is_compiled:
+                block.compile(fullgraph=True)
+            fully_shard(block)
+        fully_shard(self.model)
+        register_fsdp_forward_method(self.model, "metrics")
+
+    def __call__(self, batch: Any) -> Tensor:
+        return self._forward(batch)
+
+    @contextmanager
+    def synchronising(self, is_last: bool) -> Iterator[None]:
+        """Of the forwards and backwards of a step, the gradients are summed over ranks with the last alone."""
+        if self.is_sharded:
+            self.model.set_requires_gradient_sync(is_last)
+        waits = not (is_last or self.is_sharded or self._ranks.is_alone)
+        with self._forward.no_sync() if waits else nullcontext():
+            yield
+
+    def whole(self, state: Any) -> Any:
+        """A state dict with its shards put together, on the main rank; all ranks must take part."""
+        if not self.is_sharded:
+            return state
+        if isinstance(state, Mapping):
+            return {key: self.whole(value) for key, value in state.items()}
+        if isinstance(state, list):
+            return [self.whole(value) for value in state]
+        if not isinstance(state, torch.distributed.tensor.DTensor):
+            return state
+        gathered = state.full_tensor()
+        return gathered.cpu() if self._ranks.is_main else None
+
+    def own_weights(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What this rank holds of the whole model's weights."""
+        own = self.model.state_dict() if self.is_sharded else {}
+        return {name: _share(weight, own.get(name)) for name, weight in weights.items()}
+
+    def own_moments(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
+        """What this rank holds of the whole optimizer's state."""
+        if not self.is_sharded:
+            return dict(state)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        moments = {
+            number: {
+                name: _share(value, parameters[number]) if value.shape == parameters[number].shape else value
+                for name, value in of_parameter.items()
+            }
+            for number, of_parameter in state["state"].items()
+        }
+        return {**state, "state": moments}
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The members of module lists that hold no module list themselves, in the model's order."""
+    members = [member for owner in model.modules() if isinstance(owner, nn.ModuleList) for member in owner]
+    return [member for member in members if not any(isinstance(inner, nn.ModuleList) for inner in member.modules())]
+
+
+def _share(whole: Tensor, own: Any) -> Tensor:
+    if own is None or not hasattr(own, "placements"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    # every rank has read the whole: none needs to be told
+    return distribute_tensor(whole.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
+
+
+class CompileClock:
+    """The seconds that torch.compile has taken."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._began = 0.0
+
+    def begin(self, _: Any) -> None:
+        self._began = time.perf_counter()
+
+    def end(self, _: Any) -> None:
+        self._seconds += time.perf_counter() - self._began
+
+    def take(self) -> float:
+        """The seconds since the last call of this."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
+@contextmanager
+def compile_clock(is_compiled: bool) -> Iterator[CompileClock]:
+    """Inside, the clock runs while torch.compile is at work, and no graph is split for DistributedDataParallel."""
+    clock = CompileClock()
+    if not is_compiled:
+        yield clock
+        return
+    import torch._dynamo
+    from torch._dynamo.callback import callback_handler
+
+    callback_handler.register_start_callback(clock.begin)
+    callback_handler.register_end_callback(clock.end)
+    try:
+        with torch._dynamo.config.patch(optimize_ddp=False):
+            yield clock
+    finally:
+        callback_handler.remove_start_callback(clock.begin)
+        callback_handler.remove_end_callback(clock.end)

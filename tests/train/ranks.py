@@ -1,0 +1,133 @@
+"""What each process of a test under ranks runs: `python ranks.py PLAY FOLDER`, with the environment of torchrun.
+
+Not a test itself: tests/train/test_distributed.py starts it and judges what it leaves in FOLDER.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+from conftest import TinyBatch, TinyLoader, TinyModel
+
+from eventkern.train import Loaders, Trainer, TrainerConfig
+from eventkern.train.distributed import Ranks, join
+from eventkern.train.failures import OtherRankError
+
+KEYS: dict[str, Any] = {"epochs": 2, "lr": 0.01, "schedule": "cosine", "device": "cpu", "log_every": 1, "clip": 0.5}
+
+
+def start(world_size: int, command: Sequence[str], port: int, **options: Any) -> list[subprocess.Popen[str]]:
+    """The processes of a run, as torchrun would start them."""
+    common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    environments = [{**os.environ, **common, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world_size)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    return [subprocess.Popen([sys.executable, *command], env=each, **options) for each in environments]
+
+
+def trainer(ranks: Ranks, run_dir: Path, model: Any = None, *, batch_size: int = 3, **keys: Any) -> Trainer:
+    config = TrainerConfig(**{**KEYS, "batch_size": batch_size, **keys})
+    train = TinyLoader(batch_size, rank=ranks.rank, world_size=ranks.world_size)
+    # 5 batches for 2 ranks or 3: the last round is short
+    loaders = Loaders(train, TinyLoader(2, num_samples=9, seed=1))
+    return Trainer(TinyModel() if model is None else model, config, loaders, run_dir=run_dir, ranks=ranks)
+
+
+def equal(ranks: Ranks, folder: Path) -> None:
+    """Runs that equal those of one rank on batches twice as large."""
+    for sharding in ("none", "fully_shard"):
+        for grad_accum in (1, 2):
+            model = TinyModel()
+            if not ranks.is_main:
+                torch.nn.init.zeros_(model.hidden.weight)  # the main rank's weights are everyone's
+            trainer(ranks, folder / f"{sharding}-{grad_accum}", model, sharding=sharding, grad_accum=grad_accum).fit()
+
+
+def resumed(ranks: Ranks, folder: Path, **keys: Any) -> None:
+    """A run, and one that a signal to the last rank stopped and that went on, with dropout."""
+    keys = {"batch_size": 2, "grad_accum": 2, **keys}
+    trainer(ranks, folder / "whole", TinyModel(dropout=0.3), **keys).fit()
+    stop_at = 3 if ranks.rank == ranks.world_size - 1 else None
+    model = TinyModel(dropout=0.3, before_forward=lambda call: call == stop_at and signal.raise_signal(signal.SIGTERM))
+    result = trainer(ranks, folder / "parts", model, **keys).fit()
+    assert result.interrupted
+    torch.rand(3)
+    again = trainer(ranks, folder / "parts", TinyModel(dropout=0.3), **keys)
+    again.resume(folder / "parts/checkpoints/last")
+    assert again.step == result.step
+    assert not again.fit().interrupted
+    drawn = ranks.gather(torch.rand(1).item())
+    assert len(set(drawn)) == ranks.world_size, drawn  # dropout differs
+
+
+def sharded_resume(ranks: Ranks, folder: Path) -> None:
+    resumed(ranks, folder, sharding="fully_shard")
+
+
+class Spoiled(TinyModel):
+    """Losses that are not finite at some calls; at all where `calls` is None."""
+
+    def __init__(self, calls: set[int] | None) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def forward(self, batch: TinyBatch) -> torch.Tensor:
+        losses = super().forward(batch)
+        is_spoiled = self.calls is None or self.num_calls in self.calls
+        return losses * torch.tensor([1.0, torch.nan if is_spoiled else 1.0])
+
+
+def spoiled(ranks: Ranks, folder: Path) -> None:
+    """Losses of rank 1 that are not finite: the first call is the warm-up."""
+    calls = {1, 3, 4} if ranks.rank == 1 else set()
+    trainer(ranks, folder / "some", Spoiled(calls)).fit()  # type: ignore[arg-type]
+    model = Spoiled(None if ranks.rank == 1 else set())
+    try:
+        trainer(ranks, folder / "all", model, max_skipped_steps=3).fit()
+    except (FloatingPointError, OtherRankError) as error:
+        (folder / f"rank-{ranks.rank}.txt").write_text(f"{type(error).__name__}: {error}")
+
+
+def phases(ranks: Ranks, folder: Path) -> None:
+    """Phases of which some ranks fail."""
+    told = []
+    for failing in ((), (1,), (0, 1)):
+        try:
+            with ranks.together():
+                if ranks.rank in failing:
+                    raise ValueError(f"rank {ranks.rank} has no data")
+            told.append("went on")
+        except (ValueError, OtherRankError) as error:
+            told.append(f"{type(error).__name__}: {error}")
+    (folder / f"rank-{ranks.rank}.txt").write_text("\n".join(told))
+
+
+PLAYS: dict[str, Callable[[Ranks, Path], None]] = {
+    play.__name__: play for play in (equal, resumed, sharded_resume, spoiled, phases)
+}
+
+
+def main() -> None:
+    warnings.simplefilter("error")
+    # of a Linear on three dimensions, as the heads of TinyModel are, whose result nobody changes in place
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    torch.set_num_threads(1)
+    with join("cpu") as ranks:
+        for play in sys.argv[1].split(","):
+            folder = Path(sys.argv[2]) / play
+            folder.mkdir(exist_ok=True)
+            PLAYS[play](ranks, folder)
+
+
+if __name__ == "__main__":
+    main()
