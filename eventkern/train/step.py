@@ -82,8 +82,9 @@ class OptimizerStep:
         """
         generators = random_state()
         buffers = [(buffer, buffer.clone()) for buffer in self._parallel.model.buffers()]
-        with self._parallel.synchronising(True):
-            self._forward(batch, torch.ones((), device=self._device))
+        for _ in range(1 if self._ranks.is_alone else 2):  # a static graph is laid out anew after the second
+            with self._parallel.synchronising(True):
+                self._forward(batch, torch.ones((), device=self._device))
         self._optimizer.zero_grad(set_to_none=True)
         for buffer, before in buffers:
             buffer.copy_(before)

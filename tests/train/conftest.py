@@ -67,6 +67,17 @@ class TinyModel(nn.Module):
         return {"loss": self.losses(batch), "top1": torch.stack(hits) / batch.num_targets}
 
 
+class PlainModel(TinyModel):
+    """The same model without what watches it: one graph."""
+
+    def logits(self, batch: TinyBatch) -> list[Tensor]:
+        hidden = self.dropout(torch.tanh(self.hidden(batch.inputs)))
+        return [head(hidden).float() for head in self.heads]
+
+    def forward(self, batch: TinyBatch) -> Tensor:
+        return self.losses(batch)
+
+
 @dataclass
 class TinyLoader:
     """Windows of 1 to 5 labels, right-padded, in an order that (seed, epoch) alone decides, shared among ranks."""
@@ -127,6 +138,7 @@ def tiny() -> Any:
 
     class Tiny:
         Model = TinyModel
+        Plain = PlainModel
         Loader = TinyLoader
         classes = NUM_CLASSES
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import warnings
@@ -27,9 +28,12 @@ from eventkern.train.failures import OtherRankError
 KEYS: dict[str, Any] = {"epochs": 2, "lr": 0.01, "schedule": "cosine", "device": "cpu", "log_every": 1, "clip": 0.5}
 
 
-def start(world_size: int, command: Sequence[str], port: int, **options: Any) -> list[subprocess.Popen[str]]:
+def start(world_size: int, command: Sequence[str], **options: Any) -> list[subprocess.Popen[str]]:
     """The processes of a run, as torchrun would start them."""
-    common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     environments = [{**os.environ, **common, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world_size)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
     return [subprocess.Popen([sys.executable, *command], env=each, **options) for each in environments]
@@ -57,7 +61,7 @@ def resumed(ranks: Ranks, folder: Path, **keys: Any) -> None:
     """A run, and one that a signal to the last rank stopped and that went on, with dropout."""
     keys = {"batch_size": 2, "grad_accum": 2, **keys}
     trainer(ranks, folder / "whole", TinyModel(dropout=0.3), **keys).fit()
-    stop_at = 3 if ranks.rank == ranks.world_size - 1 else None
+    stop_at = 4 if ranks.rank == ranks.world_size - 1 else None
     model = TinyModel(dropout=0.3, before_forward=lambda call: call == stop_at and signal.raise_signal(signal.SIGTERM))
     result = trainer(ranks, folder / "parts", model, **keys).fit()
     assert result.interrupted
@@ -88,14 +92,29 @@ class Spoiled(TinyModel):
 
 
 def spoiled(ranks: Ranks, folder: Path) -> None:
-    """Losses of rank 1 that are not finite: the first call is the warm-up."""
-    calls = {1, 3, 4} if ranks.rank == 1 else set()
-    trainer(ranks, folder / "some", Spoiled(calls)).fit()  # type: ignore[arg-type]
+    """Losses of rank 1 that are not finite: the first two calls are the warm-up's."""
+    calls: set[int] = {1, 4, 5} if ranks.rank == 1 else set()
+    model = Spoiled(calls)
+    trainer(ranks, folder / "some", model).fit()
+    weights = ranks.gather([parameter.tolist() for parameter in model.parameters()])
+    assert weights[0] == weights[1]
     model = Spoiled(None if ranks.rank == 1 else set())
     try:
         trainer(ranks, folder / "all", model, max_skipped_steps=3).fit()
     except (FloatingPointError, OtherRankError) as error:
         (folder / f"rank-{ranks.rank}.txt").write_text(f"{type(error).__name__}: {error}")
+
+
+def taken_up(ranks: Ranks, folder: Path) -> None:
+    """A run that one process began."""
+    again = trainer(ranks, folder, schedule="constant")
+    again.resume(folder / "one.pt")
+    again.fit()
+
+
+def handed_on(ranks: Ranks, folder: Path) -> None:
+    """A run that one process is to go on with."""
+    trainer(ranks, folder, schedule="constant", max_steps=5).fit()
 
 
 def phases(ranks: Ranks, folder: Path) -> None:
@@ -113,7 +132,7 @@ def phases(ranks: Ranks, folder: Path) -> None:
 
 
 PLAYS: dict[str, Callable[[Ranks, Path], None]] = {
-    play.__name__: play for play in (equal, resumed, sharded_resume, spoiled, phases)
+    play.__name__: play for play in (equal, resumed, sharded_resume, spoiled, taken_up, handed_on, phases)
 }
 
 

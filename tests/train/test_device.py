@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from eventkern.train import ConfigError
-from eventkern.train.device import autocast, seed_everything, select_device, select_precision
+from eventkern.train.device import autocast, float32_products, seed_everything, select_device, select_precision
 
 
 def test_auto_takes_the_best_device_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,9 +36,36 @@ def test_auto_precision_is_bf16_where_cuda_has_it(monkeypatch: pytest.MonkeyPatc
         assert select_precision("fp32", torch.device("cuda")) == "fp32"
 
 
-def test_autocast_computes_products_in_bf16() -> None:
+@pytest.mark.parametrize(
+    ("precision", "kind", "capability"),
+    [("tf32", "cpu", (9, 0)), ("tf32", "mps", (9, 0)), ("tf32", "cuda", (7, 5)), ("fp16", "mps", (9, 0))],
+)
+def test_a_precision_that_a_device_lacks_is_named(
+    monkeypatch: pytest.MonkeyPatch, precision: str, kind: str, capability: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    with pytest.raises(ConfigError) as error:
+        select_precision(precision, torch.device(kind))
+    assert str(error.value) == f"precision is '{precision}', but device {kind} has none: use fp32 or auto"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    assert select_precision(precision, torch.device("cuda")) == precision
+
+
+def test_tf32_is_set_inside_alone() -> None:
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    before = [setting.fp32_precision for setting in settings]
+    with float32_products("tf32"):
+        assert [setting.fp32_precision for setting in settings] == ["tf32"] * 3
+    assert [setting.fp32_precision for setting in settings] == before
+    assert before[0] != "tf32"
+    with float32_products("bf16"):
+        assert [setting.fp32_precision for setting in settings] == before
+
+
+def test_autocast_computes_products_in_half_precision() -> None:
     x = torch.ones(2, 2)
-    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    dtypes = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    for precision, dtype in dtypes.items():
         with autocast(precision, torch.device("cpu")):
             assert (x @ x).dtype == dtype
 
@@ -54,6 +81,11 @@ def test_every_generator_is_seeded() -> None:
     seed_everything(2**40 + 2)
     other = draw()
     assert again == first
+    others = []
+    for rank, step in ((1, 0), (2, 0), (1, 1), (0, 1)):
+        seed_everything(2**40 + 1, rank, step)
+        others += draw()
+    assert len({*others, *first}) == len(others) + len(first)
     assert not set(other) & set(first)
 
 

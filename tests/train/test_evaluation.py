@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from eventkern.train import ConfigError, evaluate
+from eventkern.train.distributed import Ranks
+from eventkern.train.evaluation import shared
 
 
 def test_evaluation_is_the_mean_over_all_labels(tiny: Any) -> None:
@@ -26,6 +28,15 @@ def test_evaluation_is_the_mean_over_all_labels(tiny: Any) -> None:
     assert means["loss"].dtype == torch.float64
     torch.testing.assert_close(means["loss"], truth["loss"].double(), rtol=1e-6, atol=0)
     torch.testing.assert_close(means["top1"], truth["top1"].double(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("num_batches", range(8))
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_share_every_batch_once_in_as_many_calls(num_batches: int, world_size: int) -> None:
+    shares = [[*shared(range(num_batches), Ranks(torch.device("cpu"), r, world_size))] for r in range(world_size)]
+    assert len({len(share) for share in shares}) == 1
+    counted = [batch for share in shares for batch, counts in share if counts]
+    assert sorted(counted) == list(range(num_batches))
 
 
 def test_an_empty_loader_is_named(tiny: Any) -> None:
