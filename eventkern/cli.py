@@ -271,9 +271,10 @@ def prepare(command: Prepare) -> None:
 def train(command: Train) -> None:
     """`eventkern train`, in a process of its own or in those that torchrun has started."""
     from eventkern.train.distributed import join
+    from eventkern.train.failures import explained
 
     config = RunConfig(**{field.name: getattr(command, field.name) for field in dataclasses.fields(RunConfig)})
-    with join(config.device) as ranks:
+    with explained(config, is_alone="RANK" not in os.environ), join(config.device) as ranks:
         train_together(command, config, ranks)
 
 

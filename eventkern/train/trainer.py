@@ -300,6 +300,7 @@ class Trainer:
             self._is_save_put_off = not is_healthy
             if is_healthy:
                 self._save(is_best)
+        self._tell_compilation()  # an evaluation may compile, too
         self._meter.start()
         return ended
 

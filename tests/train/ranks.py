@@ -57,6 +57,32 @@ def equal(ranks: Ranks, folder: Path) -> None:
             trainer(ranks, folder / f"{sharding}-{grad_accum}", model, sharding=sharding, grad_accum=grad_accum).fit()
 
 
+def synchronised(ranks: Ranks, folder: Path) -> None:
+    """Whether each forward is to be followed by an exchange of gradients: two warm-up passes, then steps of 3, 1."""
+    seen: list[bool] = []
+    model = TinyModel(before_forward=lambda _: seen.append(made._parallel._forward.require_backward_grad_sync))
+    made = trainer(ranks, folder, model, grad_accum=3, epochs=1)
+    made.fit()
+    assert seen == [True, True, False, False, True, True], seen
+
+
+def half(ranks: Ranks, folder: Path) -> None:
+    """fp16, replicated and sharded: a loss scale that comes down by the same steps."""
+    weights = []
+    for sharding in ("none", "fully_shard"):
+        model = TinyModel()
+        made = trainer(ranks, folder / sharding, model, sharding=sharding, precision="fp16")
+        made._optimizer_step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
+        made.fit()
+        scale = made._optimizer_step.scaler.get_scale()
+        assert ranks.gather(scale) == [scale] * ranks.world_size
+        weights.append((scale, made._parallel.whole(model.state_dict())))
+    if ranks.is_main:
+        assert weights[0][0] == weights[1][0] < 2.0**20
+        for name, weight in weights[0][1].items():
+            torch.testing.assert_close(weights[1][1][name], weight, rtol=0, atol=1e-4, msg=name)
+
+
 def resumed(ranks: Ranks, folder: Path, **keys: Any) -> None:
     """A run, and one that a signal to the last rank stopped and that went on, with dropout."""
     keys = {"batch_size": 2, "grad_accum": 2, **keys}
@@ -132,7 +158,8 @@ def phases(ranks: Ranks, folder: Path) -> None:
 
 
 PLAYS: dict[str, Callable[[Ranks, Path], None]] = {
-    play.__name__: play for play in (equal, resumed, sharded_resume, spoiled, taken_up, handed_on, phases)
+    play.__name__: play
+    for play in (equal, synchronised, half, resumed, sharded_resume, spoiled, taken_up, handed_on, phases)
 }
 
 

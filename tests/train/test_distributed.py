@@ -76,7 +76,7 @@ def two(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     ranks.trainer(ALONE, folder / "taken_up", batch_size=6, schedule="constant", max_steps=5).fit()
     shutil.copy(folder / "taken_up/checkpoints/last", folder / "taken_up/one.pt")
-    play(ranks, 2, "equal,resumed,sharded_resume,spoiled,taken_up,handed_on,phases", folder)
+    play(ranks, 2, "equal,synchronised,half,resumed,sharded_resume,spoiled,taken_up,handed_on,phases", folder)
     return folder
 
 

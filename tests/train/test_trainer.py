@@ -18,7 +18,9 @@ from eventkern.train import CheckpointError, ConfigError, Ledger, Loaders, Train
 from eventkern.train.checkpoint import load_checkpoint
 from eventkern.train.meter import MEASURED
 
-BASE = TrainerConfig(epochs=3, batch_size=6, lr=0.01, schedule="constant", device="cpu", precision="fp32", log_every=1)
+BASE = TrainerConfig(
+    compile="off", epochs=3, batch_size=6, lr=0.01, schedule="constant", device="cpu", precision="fp32", log_every=1
+)
 
 
 def make_trainer(tiny: Any, run_dir: Path, model: Any = None, *, loader: Any = None, **keys: Any) -> Trainer:
@@ -96,6 +98,7 @@ def test_a_step_does_not_wait_for_the_device(tiny: Any, tmp_path: Path) -> None:
 RESUMES = {
     "mid-epoch": ([2], {}),
     "mid-accumulation-epoch": ([1], {"batch_size": 3, "grad_accum": 3}),
+    "mid-accumulation, then an epoch's short last step": ([2, 3], {"batch_size": 2, "grad_accum": 4}),
     "epoch end": ([4], {}),
     "twice": ([3, 7], {}),
     "plateau": ([5], {"schedule": "plateau", "warmup_steps": 3, "evaluate_every": 2}),
