@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import difflib
 import io
-import json
 import os
 import re
 import shlex
@@ -163,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not is_explained:
             raise  # of our own making: the traceback is wanted
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-        print(f"eventkern: {rank}{error}", file=sys.stderr)
+        print(f"eventkern: {rank}{error}{_way_on(error, arguments)}", file=sys.stderr)
         return 2 if is_mistake else 1
     except OtherRankError:
         return 1  # the rank that failed tells why
@@ -279,72 +278,64 @@ def train(command: Train) -> None:
 
 
 def train_together(command: Train, config: RunConfig, ranks: Ranks) -> None:
-    """`eventkern train` among the ranks: the main one finds the run and prepares its store, and alone writes."""
-    import tomli_w
-
-    config = RunConfig(**{field.name: getattr(command, field.name) for field in dataclasses.fields(RunConfig)})
-    run_dir, checkpoint = find_run(Path(command.config).stem, command.run_dir, command.resume)
-    with locked(run_dir):
-        train_in(run_dir, config, checkpoint)
-
-
-def train_in(run_dir: Path, config: RunConfig, checkpoint: Path | None) -> None:
-    """Trains in a folder, from a checkpoint if there is one."""
+    """`eventkern train` among the ranks: the main one finds and locks the run's folder, and alone writes there."""
     from eventkern.data.loader import EventLoader
     from eventkern.data.shipped import TABLES, open_store
     from eventkern.models import EventTransformer
     from eventkern.train import Loaders, Trainer
-    from eventkern.train.device import keep_freed_memory, seed_everything
-    from eventkern.train.environment import environment
+    from eventkern.train.device import keep_freed_memory, seed_everything, select_precision
+    from eventkern.train.environment import record_run
     from eventkern.train.lineage import refuse_other_lineage
+    from eventkern.train.run_folder import find_run, locked
 
     keep_freed_memory()
     found = None
-    with ranks.together():
-        if ranks.is_main:
-            found = find_run(Path(command.config).stem, command.run_dir, command.resume)
-            open_store(config.data.store)
-    run_dir, checkpoint = ranks.gather(found)[0] or (Path(), None)
-    with ranks.together():
-        store = open_store(config.data.store)
-        sizes = model_config(config, store)
-        origin = lineage(store, sizes)
+    with contextlib.ExitStack() as stack:
+        with ranks.together():
+            if ranks.is_main:
+                found = find_run(Path(command.config).stem, command.run_dir, command.resume)
+                stack.enter_context(locked(found[0]))
+                open_store(config.data.store)  # prepared by one, if at all
+        run_dir, checkpoint = ranks.gather(found)[0] or (Path(), None)
+        with ranks.together():
+            store = open_store(config.data.store)
+            sizes = model_config(config, store)
+            origin = lineage(store, sizes)
+            if checkpoint is not None:
+                state = load_run(checkpoint)
+                refuse_other_lineage(state["metadata"]["lineage"], origin, checkpoint, store.path)
+            keys = ("src_seq_len", "tgt_seq_len", "id_category_size", "batch_size")
+            options: dict[str, Any] = {"device": ranks.device, **{key: getattr(config, key) for key in keys}}
+            share: dict[str, Any] = {"rank": ranks.rank, "world_size": ranks.world_size}
+            train_loader = EventLoader(store, "train", seed=config.seed, **share, **options)
+            validation_loader = EventLoader(store, "validation", **options)
+            seed_everything(config.seed)
+            model = EventTransformer(sizes)
+            ledger = build_ledger(store, config.id_category_size)
+        if config.data.store not in TABLES:  # an absolute path, so that config.toml continues the run from any folder
+            config = dataclasses.replace(config, data=DataConfig(store=str(Path(config.data.store).absolute())))
+        resumed = ["train", str(run_dir / "config.toml"), "--run-dir", str(run_dir), "--resume", "auto"]
+        trainer = Trainer(
+            model,
+            config,
+            Loaders(train_loader, validation_loader),
+            run_dir=run_dir,
+            ledger=ledger,
+            metadata={"model": dataclasses.asdict(sizes), "run": to_mapping(config), "lineage": origin},
+            resume_command=shlex.join(["eventkern", *resumed]),
+            ranks=ranks,
+        )
         if checkpoint is not None:
-            state = load_run(checkpoint)
-            refuse_other_lineage(state["metadata"]["lineage"], origin, checkpoint, store.path)
-        keys = ("src_seq_len", "tgt_seq_len", "id_category_size", "batch_size")
-        options: dict[str, Any] = {"device": ranks.device, **{key: getattr(config, key) for key in keys}}
-        share: dict[str, Any] = {"rank": ranks.rank, "world_size": ranks.world_size}
-        train_loader = EventLoader(store, "train", seed=config.seed, **share, **options)
-        validation_loader = EventLoader(store, "validation", **options)
-        seed_everything(config.seed)
-        model = EventTransformer(sizes)
-        ledger = build_ledger(store, config.id_category_size)
-    if config.data.store not in TABLES:
-        absolute = DataConfig(store=str(Path(config.data.store).absolute()))
-        config = dataclasses.replace(config, data=absolute)  # so that config.toml continues the run from any folder
-    resume_command = ["eventkern", "train", str(run_dir / "config.toml"), "--run-dir", str(run_dir), "--resume", "auto"]
-    trainer = Trainer(
-        model,
-        config,
-        Loaders(train_loader, validation_loader),
-        run_dir=run_dir,
-        ledger=ledger,
-        metadata={"model": dataclasses.asdict(sizes), "run": to_mapping(config), "lineage": origin},
-        resume_command=shlex.join(resume_command),
-        ranks=ranks,
-    )
-    if checkpoint is not None:
-        trainer.resume(checkpoint, state)
-    with ranks.together():
-        if ranks.is_main:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / "config.toml").write_text(tomli_w.dumps(to_mapping(config)), encoding="utf-8")
-            (run_dir / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
-            steps = f"step {trainer.step} of {trainer.total_steps}"
-            where = ranks.device if ranks.is_alone else f"{ranks.world_size} ranks on {ranks.device.type}"
-            print(f"run {run_dir}: {store.num_events:,} events, {where}, {steps}", flush=True)
-    trainer.fit()
+            trainer.resume(checkpoint, state)
+        with ranks.together():
+            if ranks.is_main:
+                precision = select_precision(config.precision, ranks.device)
+                facts: dict[str, Any] = {"precision": precision, "seed": config.seed, "from_step": trainer.step}
+                record_run(run_dir, to_mapping(config), **facts)
+                where = ranks.device if ranks.is_alone else f"{ranks.world_size} ranks on {ranks.device.type}"
+                steps = f"step {trainer.step} of {trainer.total_steps}"
+                print(f"run {run_dir}: {store.num_events:,} events, {where}, {steps}", flush=True)
+        trainer.fit()
 
 
 def load_run(path: Path) -> dict[str, Any]:

@@ -59,6 +59,7 @@ class OptimizerStep:
         self._optimizer: Any = optimizer
         self._is_fused = getattr(optimizer, "_step_supports_amp_scaling", False)
         self._clip = config.clip
+        self._keeps_gradients = config.histograms  # which show them at an evaluation
         self._ranks = ranks
         self._device = ranks.device
         self._precision = precision
@@ -100,13 +101,15 @@ class OptimizerStep:
         # times world_size, since gradients become the mean over ranks
         weights = counts * self._ranks.world_size / num_targets.clamp(min=1)
         losses = torch.zeros(self._num_losses, device=self._device)
+        self._optimizer.zero_grad(set_to_none=True)
         for position, batch in enumerate(batches):
             with self._parallel.synchronising(position == len(batches) - 1):
                 losses += self._forward(batch, weights[position])
         losses = self._ranks.sum(losses) / self._ranks.world_size
         with marked("optimizer"):
             grad_norm = self._update(number, losses)
-            self._optimizer.zero_grad(set_to_none=True)
+            if not self._keeps_gradients:
+                self._optimizer.zero_grad(set_to_none=True)
         return Outcome(losses, grad_norm, num_targets)
 
     def state_dict(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from eventkern.train.checkpoint import (
     set_random_state,
 )
 from eventkern.train.config import ConfigError, TrainerConfig, to_mapping
+from eventkern.train.curves import plot_curves
 from eventkern.train.device import float32_products, seed_everything, select_device, select_precision
 from eventkern.train.distributed import Ranks
 from eventkern.train.environment import environment
@@ -34,7 +35,7 @@ from eventkern.train.meter import Meter
 from eventkern.train.optim import Schedule, build_optimizer
 from eventkern.train.parallel import Parallel, compile_clock
 from eventkern.train.protocols import BatchLoader, TrainableModel
-from eventkern.train.run_folder import fresh_folder
+from eventkern.train.run_folder import fresh_folder, locked
 from eventkern.train.step import OptimizerStep, Outcome, marked
 from eventkern.train.termination import StopRequest, stop_request
 
@@ -84,7 +85,8 @@ class Trainer:
         ranks: what `eventkern.train.distributed.join` gave; None: this process alone.
 
     Raises:
-        ConfigError: a device or a precision that is not there, or a training loader without a batch.
+        ConfigError: a device or a precision that is not there, a log without its package, histograms of shards, or a
+            training loader without a batch.
     """
 
     def __init__(
@@ -107,10 +109,15 @@ class Trainer:
             if len(loaders.train) == 0:
                 raise ConfigError("the training loader has no batch: more data or a smaller batch_size is needed")
             self._precision = select_precision(config.precision, self.device)
+            require_board(config.log)
         self.model = model
         model.to(self.device)  # type: ignore[attr-defined]  # overloaded in nn.Module, so no protocol matches it
         is_compiled = config.compile == "on" or (config.compile == "auto" and self.device.type == "cuda")
         self._parallel = Parallel(model, self.ranks, sharding=config.sharding, is_compiled=is_compiled)
+        if config.histograms and self._parallel.is_sharded:
+            raise ConfigError(
+                "histograms is True, but must be False with sharding 'fully_shard': gradients are in parts"
+            )
         self.loaders = loaders
         if run_dir is None:
             run_dir = fresh_folder()
@@ -132,7 +139,7 @@ class Trainer:
         self._is_save_put_off = False
         self._stop = StopRequest()
         self._position: Any = None
-        self._meter = Meter()
+        self._meter = Meter(model, self.device, self._precision, self.ranks.world_size)
         self._log: RunLog | None = None
 
     def resume(self, path: str | Path, state: Mapping[str, Any] | None = None) -> None:
@@ -178,6 +185,7 @@ class Trainer:
         """Trains to the end of the last epoch or to max_steps, whichever comes first.
 
         Raises:
+            ConfigError: another process has the run folder, or nothing may be written there.
             FloatingPointError: max_skipped_steps in a row were not finite, or the run would have ended among such.
             RunFailure: no memory left, a model that does not compile, or a rank that is gone.
             OtherRankError: as a FloatingPointError, on all ranks but the main one.
@@ -187,14 +195,20 @@ class Trainer:
             self.loaders.train.set_epoch(0)
         with ExitStack() as stack:
             stack.enter_context(explained(self.config, is_alone=self.ranks.is_alone))
-            if self.ranks.is_main:
-                log = RunLog(self.run_dir, self.model.head_names, self.total_steps, self.step)
-                self._log = stack.enter_context(log)
+            with self.ranks.together():
+                if self.ranks.is_main:
+                    stack.enter_context(locked(self.run_dir))
+                    self._log = stack.enter_context(self._open_log())
             self._stop = stack.enter_context(stop_request())
             stack.enter_context(float32_products(self._precision))
             self._compile_clock = stack.enter_context(compile_clock(self._parallel.is_compiled))
             self._run()
         return self._result()
+
+    def _open_log(self) -> RunLog:
+        settings = {**to_mapping(self.config), **self._metadata}
+        steps = (self.total_steps, self.step)
+        return RunLog(self.run_dir, self.model.head_names, *steps, log=self.config.log, settings=settings)
 
     def _run(self) -> None:
         if self._finished():
@@ -262,7 +276,7 @@ class Trainer:
         outcome = self._optimizer_step(batches, self.step + 1, self._stop.is_made)
         self.schedule.step()
         self.step += 1
-        self._meter.count(outcome.num_targets)
+        self._meter.count(outcome.num_targets, batches)
         return outcome
 
     def _after_step(self, outcome: Outcome, epoch: int) -> bool:
@@ -287,6 +301,8 @@ class Trainer:
         validation = self._evaluate() if evaluate_due or finished else None
         if self._log is not None:
             self._log.write(row, losses, validation)
+            if validation is not None and config.histograms:
+                self._log.write_histograms(self.step, self.model)
         self._end_among_skipped(in_a_row, ended)
         is_best = False
         if validation is not None:

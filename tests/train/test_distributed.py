@@ -22,10 +22,10 @@ from eventkern.cli import main
 from eventkern.train import ConfigError
 from eventkern.train.checkpoint import load_checkpoint
 from eventkern.train.distributed import Ranks, join
+from eventkern.train.meter import MEASURED
 
 HERE = Path(__file__).parent
 ALONE = Ranks(torch.device("cpu"))
-MEASURED = ("events_per_s", "step_ms", "data_wait_ms", "data_wait_share")
 STORE = """
 name = "visits"
 timestamp = "when"

@@ -15,7 +15,7 @@ from eventkern.models import EventTransformer, EventTransformerConfig
 from eventkern.train import Loaders, Trainer, TrainerConfig
 from eventkern.train.checkpoint import load_checkpoint
 from eventkern.train.failures import RunFailure
-from eventkern.train.logging import Meter
+from eventkern.train.meter import Meter
 from eventkern.train.parallel import blocks
 
 BASE: dict[str, Any] = {
