@@ -1,6 +1,7 @@
 """Schema, store, sampler and loader of event tables."""
 
 from eventkern.data.entity_index import EntityIndex
+from eventkern.data.folds import Fold
 from eventkern.data.length_bucketed_sampler import LengthBucketedSampler
 from eventkern.data.loader import EventLoader
 from eventkern.data.permutation import permutation
@@ -16,6 +17,7 @@ __all__ = [
     "EventBatch",
     "EventLoader",
     "EventStore",
+    "Fold",
     "IndexSampler",
     "LengthBucketedSampler",
     "Schema",

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from eventkern.data.folds import Fold
 from eventkern.data.store import EventStore
 
 STRENGTHS = (1, 10, 100)
@@ -27,12 +28,14 @@ class Baselines:
 
     Attributes:
         names: (C,) names of the categories.
-        num_labels: validation labels: events after the split that have a predecessor of their key.
+        num_labels: validation labels: events after the split (or of the fold's keys) that have a predecessor of their
+            key.
         classes: (C,) int64 classes under `id_category_size`.
         marginal: (C,) float64 nats.
         first_order: (C,) float64 nats.
         first_order_k: (C,) int64, the k chosen.
-        floor: (C,) float64 nats, the known entropy given the past; nan where it is not known.
+        floor: (C,) float64 nats, the known entropy given the past; nan where it is not known, and on a fold, since it
+            is measured on the labels after the split.
     """
 
     names: tuple[str, ...]
@@ -44,7 +47,7 @@ class Baselines:
     floor: NDArray[np.float64]
 
 
-def baselines(store: EventStore, id_category_size: int) -> Baselines:
+def baselines(store: EventStore, id_category_size: int, fold: Fold | None = None) -> Baselines:
     """Count over the training labels, judge on the validation labels.
 
     A label is an event with a predecessor of its key; one of class 1 (missing or out-of-vocabulary) counts like others.
@@ -52,9 +55,10 @@ def baselines(store: EventStore, id_category_size: int) -> Baselines:
     Args:
         store: a prepared store.
         id_category_size: codes at or above a category's size under it read 1, as they do for the model.
+        fold: keys that validate over all time while the others train; None: the store's split decides by time.
 
     Raises:
-        ValueError: one of the periods holds no label.
+        ValueError: one of the periods, or the fold or all others, holds no label.
     """
     sizes = store.sizes(id_category_size)
     index = store.index(store.schema.key)
@@ -64,29 +68,32 @@ def baselines(store: EventStore, id_category_size: int) -> Baselines:
     rows, previous = index.rows[positions], index.rows[positions - 1]
     by_time = np.argsort(rows, kind="stable")
     rows, previous = rows[by_time], previous[by_time]
-    num_training = int(np.searchsorted(rows, store.split_row))
-    for period, count in (("training", num_training), ("validation", len(rows) - num_training)):
-        if count == 0:
-            raise ValueError(f"{store.path}: no {period} event has a predecessor of its key; move the split")
+    is_held_out = rows >= store.split_row if fold is None else fold.held_out(store)[index.entity_of_row[rows]]
+    training, validation = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+    for period, events in (("training", training), ("validation", validation)):
+        if len(events) == 0:
+            mend = "move the split" if fold is None else f"take another than {fold}"
+            raise ValueError(f"{store.path}: no {period} event has a predecessor of its key; {mend}")
 
     marginal, first_order, strengths = [], [], []
     for number, size in enumerate(sizes):
         column = np.array(store.codes[:, number], np.int64)
         column[column >= size] = 1
-        labels, given = column[rows], column[previous]
-        nine_tenths = max(int(num_training * (1 - TAIL)), 1)
+        labels, given = column[rows[training]], column[previous[training]]
+        nine_tenths = max(int(len(labels) * (1 - TAIL)), 1)
         fitted = _Counts(labels[:nine_tenths], given[:nine_tenths], size)
-        tail = slice(min(nine_tenths, num_training - 1), num_training)
+        tail = slice(min(nine_tenths, len(labels) - 1), None)
         losses = [fitted.first_order(labels[tail], given[tail], k) for k in STRENGTHS]
         strengths.append(STRENGTHS[int(np.argmin(losses))])
-        counts = _Counts(labels[:num_training], given[:num_training], size)
-        marginal.append(float(-np.log(counts.p[labels[num_training:]]).mean()))
-        first_order.append(counts.first_order(labels[num_training:], given[num_training:], strengths[-1]))
+        counts = _Counts(labels, given, size)
+        judged = column[rows[validation]]
+        marginal.append(float(-np.log(counts.p[judged]).mean()))
+        first_order.append(counts.first_order(judged, column[previous[validation]], strengths[-1]))
 
-    floor = store.floor(id_category_size)
+    floor = store.floor(id_category_size) if fold is None else None
     return Baselines(
         names=store.schema.category_names,
-        num_labels=len(rows) - num_training,
+        num_labels=len(validation),
         classes=np.array(sizes, np.int64),
         marginal=np.array(marginal),
         first_order=np.array(first_order),

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from eventkern.data.folds import Fold
 from eventkern.data.prefetch import Placed, gathered, placed
 from eventkern.data.sampler import IndexSampler, SamplerState
 from eventkern.data.schema import DataError
@@ -39,6 +40,7 @@ class EventLoader:
         window: of the sampler; None: the order is random over the whole split.
         drop_last: leave out a short last batch.
         prefetch: batches gathered ahead of the consumer; 0: each is gathered when asked for, in the consumer's thread.
+        fold: keys that validate over all time while the others train; None: the store's split decides by time.
 
     Attributes:
         num_samples: windows of an epoch over all ranks.
@@ -67,6 +69,7 @@ class EventLoader:
         window: int | None = None,
         drop_last: bool = False,
         prefetch: int = 2,
+        fold: Fold | None = None,
     ) -> None:
         for name, value, least in (
             ("src_seq_len", src_seq_len, 1),
@@ -78,7 +81,9 @@ class EventLoader:
         self.device = torch.device(device)
         if resident and self.device.type != "cuda":
             raise ValueError(f"resident is True on device {self.device}; want a CUDA device")
-        anchors = store.anchors(split, tgt_seq_len)
+        anchors = store.anchors(split, tgt_seq_len, fold)
+        if len(anchors) == 0 and fold is not None:
+            raise DataError(f"{store.path}: no key that {split} takes under {fold} has two events; take another fold")
         if len(anchors) == 0:
             raise DataError(f"{store.path}: the {split} period has no event with a successor; move the schema's split")
         self.store = store
@@ -97,7 +102,7 @@ class EventLoader:
         self._gatherer = WindowGatherer(
             store,
             anchors,
-            store.limits(split),
+            store.limits(split, fold),
             src_seq_len=src_seq_len,
             tgt_seq_len=tgt_seq_len,
             id_category_size=id_category_size,

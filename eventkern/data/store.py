@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from eventkern import _C
 from eventkern.data.checksums import file_checksum, sizes_checksum
 from eventkern.data.entity_index import EntityIndex, index_fault
+from eventkern.data.folds import Fold
 from eventkern.data.schema import DataError, Schema
 
 FORMAT = "eventkern event store"
@@ -259,18 +260,20 @@ class EventStore:
             num_rows=self.num_events,
         )
 
-    def anchors(self, split: Split, tgt_seq_len: int) -> NDArray[np.int64]:
+    def anchors(self, split: Split, tgt_seq_len: int, fold: Fold | None = None) -> NDArray[np.int64]:
         """Where windows begin: positions p into index(key).rows, ascending; the anchor event is rows[p].
 
         "train": every event whose successor of the same key lies in the training period. "validation": for each key its
         last training event (its first event where it has none), then every `tgt_seq_len` positions while the anchor has
-        a successor, so that every validation event with a predecessor is a label exactly once.
+        a successor, so that every validation event with a predecessor is a label exactly once. With a `fold`, keys are
+        split instead of time: "train" has every event with a successor of the keys that are not the fold's,
+        "validation" the first event of each of the fold's keys, and so on.
         """
         if tgt_seq_len < 1:
             raise ValueError(f"tgt_seq_len is {tgt_seq_len}; give at least 1")
-        starts, ends = self.index(self.schema.key).offsets[:-1], self.limits(split)
+        starts, ends = self.index(self.schema.key).offsets[:-1], self.limits(split, fold)
         if split == "validation":
-            starts = np.maximum(starts, self.limits("train") - 1)
+            starts = np.maximum(starts, self.limits("train", fold) - 1)
         step = 1 if split == "train" else tgt_seq_len
         # A key with n labels from its first anchor on has ceil(n / step) anchors.
         counts = -(-np.maximum(ends - starts - 1, 0) // step)
@@ -278,13 +281,19 @@ class EventStore:
         number = np.arange(counts.sum(), dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts)
         return np.asarray(first + number * step)
 
-    def limits(self, split: Split) -> NDArray[np.int64]:
-        """(keys,) int64: the position in index(key).rows where each key's events of a split end (exclusive)."""
+    def limits(self, split: Split, fold: Fold | None = None) -> NDArray[np.int64]:
+        """(keys,) int64: the position in index(key).rows where each key's events of a split end (exclusive).
+
+        A key of which a split has nothing ends where it begins.
+        """
         index = self.index(self.schema.key)
+        if split not in ("train", "validation"):
+            raise ValueError(f"split is {split!r}; give 'train' or 'validation'")
+        if fold is not None:
+            is_of_split = fold.held_out(self) == (split == "validation")
+            return np.where(is_of_split, index.offsets[1:], index.offsets[:-1])
         if split == "validation":
             return np.asarray(index.offsets[1:])
-        if split != "train":
-            raise ValueError(f"split is {split!r}; give 'train' or 'validation'")
         training = np.zeros(len(index.offsets) - 1, np.int64)
         for start in range(0, self.split_row, BLOCK_ROWS):
             numbers = index.entity_of_row[start : min(start + BLOCK_ROWS, self.split_row)]

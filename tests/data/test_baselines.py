@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from eventkern.data.baselines import baselines
+from eventkern.data.folds import Fold
 from eventkern.data.prepare import prepare
 from eventkern.data.schema import Category, Schema, Stream
 from eventkern.data.store import EventStore
@@ -49,8 +50,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> EventStore:
     return EventStore.open(folder / "store")
 
 
-def brute_force(store: EventStore, number: int, size: int, k: int | None) -> tuple[float, float, int, int]:
-    """Marginal, first order, k and number of labels of a category, one label at a time."""
+def brute_force(
+    store: EventStore, number: int, size: int, k: int | None, held_out: list[bool] | None = None
+) -> tuple[float, float, int, int]:
+    """Marginal, first order, k and number of labels of a category, one label at a time; of the split, or of a fold."""
     last: dict[int, int] = {}
     training, validation = [], []
     for row in range(store.num_events):
@@ -60,7 +63,8 @@ def brute_force(store: EventStore, number: int, size: int, k: int | None) -> tup
         if key == -1:
             continue
         if key in last:
-            (training if row < store.split_row else validation).append((last[key], code))
+            is_training = row < store.split_row if held_out is None else not held_out[key]
+            (training if is_training else validation).append((last[key], code))
         last[key] = code
 
     def marginal(pairs: list[tuple[int, int]]) -> dict[int, float]:
@@ -97,6 +101,30 @@ def test_baselines_equal_the_brute_force(store: EventStore, id_category_size: in
         assert found.first_order_k[number] == k
         assert found.num_labels == num_labels
     assert len(set(found.first_order_k.tolist())) > 1  # a choice is made
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_baselines_of_a_fold_equal_the_brute_force(store: EventStore, number: int) -> None:
+    fold = Fold(number, 3)
+    found, held_out = baselines(store, 4096, fold), fold.held_out(store).tolist()
+    for category, size in enumerate(store.sizes(4096)):
+        marginal, first_order, k, num_labels = brute_force(store, category, size, None, held_out)
+        assert found.marginal[category] == pytest.approx(marginal, rel=1e-12)
+        assert found.first_order[category] == pytest.approx(first_order, rel=1e-12)
+        assert found.first_order_k[category] == k
+        assert found.num_labels == num_labels
+    index, anchors = store.index("who"), store.anchors("validation", 7, fold)
+    key = np.searchsorted(index.offsets, anchors, side="right") - 1
+    assert found.num_labels == np.minimum(7, store.limits("validation", fold)[key] - 1 - anchors).sum()
+    assert np.isnan(found.floor).all()  # known for the labels after the split alone
+
+
+def test_a_fold_without_labels_is_refused(store: EventStore) -> None:
+    empty = next(number for number in range(99) if not Fold(number, 99).held_out(store).any())
+    with pytest.raises(
+        ValueError, match=f"no validation event has a predecessor of its key; take another than fold {empty}"
+    ):
+        baselines(store, 100, Fold(empty, 99))
 
 
 def test_labels_are_those_of_the_validation_windows(store: EventStore) -> None:
