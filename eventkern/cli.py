@@ -26,7 +26,7 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"eventkern: the command line needs {error.name}: pip install 'eventkern[train]'") from None
 
 if TYPE_CHECKING:
-    from eventkern.data import EventStore
+    from eventkern.data import EventStore, Fold
     from eventkern.models import EventTransformerConfig
     from eventkern.train import Ledger
     from eventkern.train.distributed import Ranks
@@ -71,6 +71,10 @@ class RunConfig(TrainerConfig):
     """Classes of an id category, padding and missing included; rarer values read as missing."""
     dropout: float = 0.0
     """Probability of dropout in the model."""
+    folds: int | None = None
+    """Folds of the keys (by a hash, so that a key stays in its fold); None: the store's split in time."""
+    fold: int | None = None
+    """The fold, from 0, whose keys validate over all time, while the other keys train over all time."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
 
@@ -82,6 +86,12 @@ class RunConfig(TrainerConfig):
         require(self, "dropout", 0 <= self.dropout < 1, "in [0, 1)")
         for key in ("d_model", "num_heads", "encoder_layers", "decoder_layers"):
             require(self.model, key, getattr(self.model, key) >= 1, "at least 1")
+        require(self, "folds", self.folds is None or self.folds >= 2, "at least 2, or None")
+        if self.folds is None:
+            require(self, "fold", self.fold is None, "None unless folds is given")
+        else:
+            is_one = self.fold is not None and 0 <= self.fold < self.folds
+            require(self, "fold", is_one, f"in [0, {self.folds}), as folds is {self.folds}")
         heads = self.model.num_heads
         require(self.model, "d_model", self.model.d_model % heads == 0, f"a multiple of num_heads = {heads}")
 
@@ -300,18 +310,23 @@ def train_together(command: Train, config: RunConfig, ranks: Ranks) -> None:
         with ranks.together():
             store = open_store(config.data.store)
             sizes = model_config(config, store)
-            origin = lineage(store, sizes)
+            fold = fold_of(config)
+            origin = lineage(store, sizes, fold)
             if checkpoint is not None:
                 state = load_run(checkpoint)
                 refuse_other_lineage(state["metadata"]["lineage"], origin, checkpoint, store.path)
             keys = ("src_seq_len", "tgt_seq_len", "id_category_size", "batch_size")
-            options: dict[str, Any] = {"device": ranks.device, **{key: getattr(config, key) for key in keys}}
+            options: dict[str, Any] = {
+                "device": ranks.device,
+                "fold": fold,
+                **{key: getattr(config, key) for key in keys},
+            }
             share: dict[str, Any] = {"rank": ranks.rank, "world_size": ranks.world_size}
             train_loader = EventLoader(store, "train", seed=config.seed, **share, **options)
             validation_loader = EventLoader(store, "validation", **options)
             seed_everything(config.seed)
             model = EventTransformer(sizes)
-            ledger = build_ledger(store, config.id_category_size)
+            ledger = build_ledger(store, config.id_category_size, fold)
         if config.data.store not in TABLES:  # an absolute path, so that config.toml continues the run from any folder
             config = dataclasses.replace(config, data=DataConfig(store=str(Path(config.data.store).absolute())))
         resumed = ["train", str(run_dir / "config.toml"), "--run-dir", str(run_dir), "--resume", "auto"]
@@ -363,17 +378,25 @@ def model_config(config: RunConfig, store: EventStore) -> EventTransformerConfig
     )
 
 
-def build_ledger(store: EventStore, id_category_size: int) -> Ledger:
-    """The ledger with the baselines of a store."""
+def fold_of(config: RunConfig) -> Fold | None:
+    """The fold that a configuration means; None: the store's split in time."""
+    from eventkern.data import Fold
+
+    return None if config.folds is None or config.fold is None else Fold(config.fold, config.folds)
+
+
+def build_ledger(store: EventStore, id_category_size: int, fold: Fold | None) -> Ledger:
+    """The ledger with the baselines of a store, or of a fold of its keys."""
     from eventkern.data.baselines import baselines
     from eventkern.train import Ledger
 
-    table = baselines(store, id_category_size)
-    return Ledger(store.schema.category_names, table.classes, table.marginal, table.first_order, table.floor)
+    table = baselines(store, id_category_size, fold)
+    note = fold.note(store.schema.key) if fold else None
+    return Ledger(table.names, table.classes, table.marginal, table.first_order, table.floor, note=note)
 
 
-def lineage(store: EventStore, sizes: EventTransformerConfig) -> dict[str, Any]:
-    """What the model's categories and streams mean on a store, as plain values."""
+def lineage(store: EventStore, sizes: EventTransformerConfig, fold: Fold | None) -> dict[str, Any]:
+    """What the model's categories and streams mean on a store, and what it trains on, as plain values."""
     from eventkern.train.lineage import digest
 
     schema = store.schema
@@ -383,7 +406,8 @@ def lineage(store: EventStore, sizes: EventTransformerConfig) -> dict[str, Any]:
         zone = schema.timezone if category.kind == "time" else None
         categories[category.name] = {"classes": size, "meaning": digest([*meaning, zone])}
     streams = {stream.name: stream.entity or "all" for stream in schema.streams}
-    return {"categories": categories, "streams": streams, "key": schema.key}
+    held_out = dataclasses.asdict(fold) if fold else None
+    return {"categories": categories, "streams": streams, "key": schema.key, "fold": held_out}
 
 
 def evaluate(command: Evaluate) -> None:
@@ -405,14 +429,15 @@ def evaluate(command: Evaluate) -> None:
     config = from_mapping(RunConfig, state["metadata"]["run"])
     store = open_store(command.store or config.data.store)
     sizes = model_config(config, store)
-    refuse_other_lineage(state["metadata"]["lineage"], lineage(store, sizes), path, store.path)
+    fold = fold_of(config)
+    refuse_other_lineage(state["metadata"]["lineage"], lineage(store, sizes, fold), path, store.path)
     model = EventTransformer(sizes)
     load_weights(model, state["model"], path)
     options = {key: getattr(config, key) for key in ("src_seq_len", "tgt_seq_len", "id_category_size")}
-    loader = EventLoader(store, "validation", batch_size=command.batch_size, device=device, **options)
+    loader = EventLoader(store, "validation", batch_size=command.batch_size, device=device, fold=fold, **options)
     precision = select_precision(config.precision, device)
     means = evaluation.evaluate(model.to(device), loader, precision=precision, device=device)
-    ledger = build_ledger(store, config.id_category_size)
+    ledger = build_ledger(store, config.id_category_size, fold)
     ledger.update(state["step"], means["loss"].numpy(), means["top1"].numpy())
     print_ledger(ledger)
 

@@ -20,6 +20,8 @@ import torch
 
 from eventkern import _C, cli
 from eventkern.cli import RunConfig, load_config, main
+from eventkern.data import EventStore, Fold
+from eventkern.data.baselines import baselines
 from eventkern.train import device
 from eventkern.train.checkpoint import FORMAT, save_checkpoint
 
@@ -255,6 +257,26 @@ def test_evaluate_prints_the_ledger_of_the_run(here: Path, capsys: pytest.Captur
         assert f"{category['marginal']:.3f}" in line
 
 
+def test_a_fold_trains_and_is_evaluated_on_its_own_keys(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["train", "small.toml", "--run-dir", "folded", "--max-steps", "10", "--folds", "3", "--fold", "1"]
+    assert main(arguments) == 0
+    told = json.loads((here / "folded/ledger.json").read_text())
+    assert told["note"].startswith("fold 1 of 3 by person, over all time; vocabulary and bins are the store's, fitted")
+    found = baselines(EventStore.open("store"), 20, Fold(1, 3))
+    assert [category["marginal"] for category in told["categories"]] == found.marginal.tolist()
+    capsys.readouterr()
+    assert main(["evaluate", "folded", "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert "fold 1 of 3 by person" in shown
+    for category in told["categories"]:
+        (line,) = [line for line in shown.splitlines() if line.startswith(category["name"] + " ")]
+        assert f"{category['model']:.3f}" in line
+    again = ["train", "folded/config.toml", "--run-dir", "folded", "--resume", "auto", "--max-steps", "12"]
+    assert main([*again, "--fold", "2"]) == 2
+    assert "is of fold 1 of 3, and this run of fold 2 of 3; give --folds 3 --fold 1" in capsys.readouterr().err
+    assert main(again) == 0
+
+
 def test_info_tells_versions_ops_and_speed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("eventkern.hardware.copy_bandwidth", lambda device: 12.5e9)
     monkeypatch.setattr("eventkern.hardware.gemm_rate", lambda device, dtype: 345e9)
@@ -305,6 +327,12 @@ OTHERS = {  # edits of the table or its schema that leave the number of classes 
         (TRAIN + " --seed 18446744073709551616", "", "seed is 18446744073709551616, but must be at least 0 and below"),
         ("train small.toml --run-dir visits.csv", "", "--run-dir visits.csv: is a file; give the path of a folder"),
         (TRAIN + " --dropout 1", "", "dropout is 1.0, but must be in [0, 1)"),
+        (TRAIN + " --fold 1", "", "fold is 1, but must be None unless folds is given"),
+        (TRAIN + " --folds 1 --fold 0", "", "folds is 1, but must be at least 2, or None"),
+        (TRAIN + " --folds 3", "", "fold is None, but must be in [0, 3), as folds is 3"),
+        (TRAIN + " --folds 3 --fold 3", "", "fold is 3, but must be in [0, 3), as folds is 3"),
+        (TRAIN + " --folds 999 --fold 0", "", "no key that validation takes under fold 0 of 999 has two events"),
+        (RESUME + " --folds 3 --fold 1", "", "is of the store's split in time, and this run of fold 1 of 3; leave out"),
         (TRAIN + " --schedule warm", "", "invalid choice 'warm' for argument '--schedule'. Expected one of ("),
         (TRAIN + " --data.store gone", "", "gone: holds no event store"),
         (TRAIN + " --resume gone", "", "--resume gone: no checkpoint there; give a checkpoint, a run folder, or auto"),

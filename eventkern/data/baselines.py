@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eventkern.data.folds import Fold
+from eventkern.data.schema import DataError
 from eventkern.data.store import EventStore
 
 STRENGTHS = (1, 10, 100)
@@ -58,7 +59,7 @@ def baselines(store: EventStore, id_category_size: int, fold: Fold | None = None
         fold: keys that validate over all time while the others train; None: the store's split decides by time.
 
     Raises:
-        ValueError: one of the periods, or the fold or all others, holds no label.
+        DataError: one of the periods, or the fold or all others, holds no label.
     """
     sizes = store.sizes(id_category_size)
     index = store.index(store.schema.key)
@@ -73,7 +74,7 @@ def baselines(store: EventStore, id_category_size: int, fold: Fold | None = None
     for period, events in (("training", training), ("validation", validation)):
         if len(events) == 0:
             mend = "move the split" if fold is None else f"take another than {fold}"
-            raise ValueError(f"{store.path}: no {period} event has a predecessor of its key; {mend}")
+            raise DataError(f"{store.path}: no {period} event has a predecessor of its key; {mend}")
 
     marginal, first_order, strengths = [], [], []
     for number, size in enumerate(sizes):

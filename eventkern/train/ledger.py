@@ -37,6 +37,7 @@ class Ledger:
         marginal: (C,) loss of predicting the training distribution.
         first_order: (C,) loss of predicting from the category's own value in the key's previous event.
         floor: (C,) entropy given the past where it is known, nan elsewhere; None: known nowhere.
+        note: what the labels are, in one line below the title; None: those after the store's split.
 
     Raises:
         ValueError: arguments of unequal lengths.
@@ -49,6 +50,8 @@ class Ledger:
         marginal: Sequence[float] | Nats,
         first_order: Sequence[float] | Nats,
         floor: Sequence[float] | Nats | None = None,
+        *,
+        note: str | None = None,
     ) -> None:
         self.names = tuple(names)
         self.classes = np.asarray(classes, dtype=np.int64)
@@ -56,6 +59,7 @@ class Ledger:
         self.marginal = self._column("marginal", marginal)
         self.first_order = self._column("first_order", first_order)
         self.floor = self._column("floor", np.full(len(names), np.nan) if floor is None else floor)
+        self.note = note
         self.step: int | None = None
         self.model = np.full(len(names), np.nan)
         self.top1 = np.full(len(names), np.nan)
@@ -138,6 +142,7 @@ class Ledger:
         ]
         return {
             "unit": "nats",
+            "note": self.note,
             "step": self.step,
             "categories": categories,
             "sum": {name: _plain(columns[name].sum()) for name in losses},
@@ -198,7 +203,8 @@ class Ledger:
 
     def _title(self) -> str:
         when = "before the first evaluation" if self.step is None else f"at step {self.step}"
-        return f"Loss ledger {when} (validation, nats)"
+        title = f"Loss ledger {when} (validation, nats)"
+        return title if self.note is None else f"{title}\n{self.note}"
 
 
 def _ratio(part: Any, whole: Any) -> Any:

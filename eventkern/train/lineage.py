@@ -20,12 +20,12 @@ def digest(meaning: Any) -> str:
 
 
 def refuse_other_lineage(there: Mapping[str, Any], here: Mapping[str, Any], checkpoint: Path, store: Path) -> None:
-    """Raises a CheckpointError that names what differs, unless a checkpoint's data mean what a store's do.
+    """Raises a CheckpointError that names what differs, unless a checkpoint's data mean what a run's do.
 
     Args:
         there: the checkpoint's lineage: `categories` (name: {classes, meaning}, in order), `streams` (name: entity, in
-            order) and `key`.
-        here: the store's.
+            order), `key` and `fold` ({number, of}, or None or absent where the store's split decides).
+        here: that of the run, of a store.
         checkpoint: named in the message.
         store: named in the message.
     """
@@ -47,6 +47,17 @@ def refuse_other_lineage(there: Mapping[str, Any], here: Mapping[str, Any], chec
         before, now = _shown(there[part]), _shown(here[part])
         if before != now:
             raise CheckpointError(f"{other} {part} {before} in the checkpoint and {now} in the store; {MEND}")
+    old_fold, new_fold = there.get("fold"), here.get("fold")
+    if old_fold != new_fold:
+        mend = (
+            f"give --folds {old_fold['of']} --fold {old_fold['number']}" if old_fold else "leave out --folds and --fold"
+        )
+        folds = f"is of {_shown_fold(old_fold)}, and this run of {_shown_fold(new_fold)}"
+        raise CheckpointError(f"{checkpoint}: {folds}; {mend}, or start a fresh run")
+
+
+def _shown_fold(fold: Mapping[str, int] | None) -> str:
+    return f"fold {fold['number']} of {fold['of']}" if fold else "the store's split in time"
 
 
 def _shown(part: Any) -> str:

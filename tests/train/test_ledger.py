@@ -49,6 +49,17 @@ def test_its_numbers() -> None:
     assert (told["step"], told["unit"]) == (123, "nats")
 
 
+def test_a_note_stands_below_the_title() -> None:
+    ledger = Ledger(("Kind",), (10,), [2.0], [1.5], note="fold 1 of 5 by Actor")
+    assert ledger.to_dict()["note"] == "fold 1 of 5 by Actor"
+    assert ledger.text().splitlines()[1] == "fold 1 of 5 by Actor"
+    console = Console(width=80, file=io.StringIO())
+    console.print(ledger.table())
+    assert "fold 1 of 5 by Actor" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert make_ledger().to_dict()["note"] is None
+    assert len(make_ledger().text().splitlines()) == len(make_ledger().rows()) + 3
+
+
 @pytest.mark.parametrize(
     ("losses", "words"),
     [

@@ -48,6 +48,31 @@ def test_what_differs_is_named_with_the_mend(change: tuple[str, str, Any], messa
         refuse_other_lineage(THERE, here, Path("old.pt"), Path("new"))
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        (
+            (2, 5),
+            (3, 5),
+            "is of fold 2 of 5, and this run of fold 3 of 5; give --folds 5 --fold 2, or start a fresh run",
+        ),
+        ((2, 5), (2, 6), "is of fold 2 of 5, and this run of fold 2 of 6; give --folds 5 --fold 2"),
+        ((2, 5), None, "is of fold 2 of 5, and this run of the store's split in time; give --folds 5 --fold 2"),
+        (None, (0, 2), "is of the store's split in time, and this run of fold 0 of 2; leave out --folds and --fold"),
+    ],
+)
+def test_another_fold_is_named(before: tuple[int, int] | None, now: tuple[int, int] | None, message: str) -> None:
+    there, here = ({**THERE, "fold": {"number": fold[0], "of": fold[1]} if fold else None} for fold in (before, now))
+    with pytest.raises(CheckpointError) as error:
+        refuse_other_lineage(there, here, Path("old.pt"), Path("new"))
+    assert str(error.value).startswith(f"old.pt: {message}")
+    refuse_other_lineage(there, copy.deepcopy(there), Path("old.pt"), Path("new"))
+
+
+def test_a_checkpoint_that_knows_no_folds_is_of_the_split() -> None:
+    refuse_other_lineage(THERE, {**THERE, "fold": None}, Path("old.pt"), Path("new"))
+
+
 def test_the_order_counts() -> None:
     refuse_other_lineage(THERE, copy.deepcopy(THERE), Path("old.pt"), Path("new"))
     for part, message in (("categories", r"differ \(their order\)"), ("streams", "streams person of person, time of")):
