@@ -64,6 +64,8 @@ class TrainerConfig:
     """Seed of the weights, of dropout and of the order of the training data."""
     evaluate_every: int | None = None
     """Optimizer steps between evaluations; None: at the end of each epoch. A run also ends with one."""
+    early_stopping: int | None = None
+    """Evaluations in a row without a lower validation loss after which training ends; None: epochs and max_steps do."""
     save_every: int | None = None
     """Optimizer steps between checkpoints beside those that every evaluation writes; None: only those."""
     keep_checkpoints: int = 2
@@ -78,7 +80,7 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         for key in ("epochs", "batch_size", "grad_accum", "log_every", "keep_checkpoints", "max_skipped_steps"):
             require(self, key, getattr(self, key) >= 1, "at least 1")
-        for key in ("max_steps", "evaluate_every", "save_every"):
+        for key in ("max_steps", "evaluate_every", "early_stopping", "save_every"):
             value = getattr(self, key)
             require(self, key, value is None or value >= 1, "at least 1, or None")
         require(self, "warmup_steps", self.warmup_steps >= 0, "at least 0")

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules by name."""
+"""Optimizers and learning-rate schedules by name, and the end of a run that no longer gets better."""
 
 from __future__ import annotations
 
@@ -83,6 +83,44 @@ class Schedule:
             self._of_step.load_state_dict(state["step"])
         if self._of_loss is not None and "loss" in state:
             self._of_loss.load_state_dict(state["loss"])
+
+
+class EarlyStopping:
+    """Ends a run after `patience` evaluations in a row without a validation loss below the lowest before them.
+
+    One that is not finite is not lower. The count is saved, so that a run that is interrupted ends where an undisturbed
+    one does; another patience may be given on resuming.
+
+    Args:
+        patience: evaluations; None: the run is never ended.
+
+    Source: L. Prechelt, "Early stopping - but when?" (1998), with successive evaluations for its strips.
+    """
+
+    def __init__(self, patience: int | None) -> None:
+        self._patience = patience
+        self._lowest = math.inf
+        self._count = 0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the run is to end."""
+        return self._patience is not None and self._count >= self._patience
+
+    def evaluated(self, loss: float) -> None:
+        """To be called after every evaluation that the configuration asks for, with the validation loss."""
+        self._count = 0 if loss < self._lowest else self._count + 1
+        self._lowest = loss if loss < self._lowest else self._lowest
+
+    def story(self) -> str:
+        """Why the run ends, in words."""
+        return f"no validation loss below {self._lowest:.4f} in {self._count} evaluations in a row"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"lowest": self._lowest, "count": self._count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._lowest, self._count = state["lowest"], state["count"]
 
 
 def factor(config: TrainerConfig, step: int, total_steps: int) -> float:

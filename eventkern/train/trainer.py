@@ -32,7 +32,7 @@ from eventkern.train.failures import OtherRankError, explained
 from eventkern.train.ledger import Ledger
 from eventkern.train.logging import RunLog
 from eventkern.train.meter import Meter
-from eventkern.train.optim import Schedule, build_optimizer
+from eventkern.train.optim import EarlyStopping, Schedule, build_optimizer
 from eventkern.train.parallel import Parallel, compile_clock
 from eventkern.train.protocols import BatchLoader, TrainableModel
 from eventkern.train.run_folder import fresh_folder, locked
@@ -68,10 +68,10 @@ class Trainer:
     for the device. A step with a loss or a gradient that is not finite is skipped and counted; while steps are being
     skipped no checkpoint is written, and `max_skipped_steps` in a row end the run.
 
-    A checkpoint holds: model (the plain state_dict), optimizer, schedule, scaler (the loss scale), random (generator
-    states), loader (its position), step, epochs_done, best_loss, skipped_steps, config, metadata, environment. Ctrl-C
-    and SIGTERM, on any rank, finish the step (and the evaluation it is due), save, and end the run; a second Ctrl-C
-    aborts it.
+    A checkpoint holds: model (the plain state_dict), optimizer, schedule, early_stopping, scaler (the loss scale), random
+    (generator states), loader (its position), step, epochs_done, best_loss, skipped_steps, config, metadata,
+    environment. Ctrl-C and SIGTERM, on any rank, finish the step (and the evaluation it is due), save, and end the run;
+    a second Ctrl-C aborts it.
 
     Args:
         model: a TrainableModel; moved to the device of the configuration.
@@ -129,6 +129,7 @@ class Trainer:
         self.total_steps = min(config.epochs * steps_per_epoch, config.max_steps or config.epochs * steps_per_epoch)
         self.optimizer = build_optimizer(model.parameters(), config)
         self.schedule = Schedule(self.optimizer, config, self.total_steps)
+        self.early_stopping = EarlyStopping(config.early_stopping)
         self._optimizer_step = OptimizerStep(self._parallel, self.optimizer, config, self.ranks, self._precision)
         self.step = 0
         self.epochs_done = 0
@@ -167,6 +168,7 @@ class Trainer:
         self.optimizer.load_state_dict(self._parallel.own_moments(self.optimizer, state["optimizer"]))
         self._optimizer_step.load_state_dict(state)
         self.schedule.load_state_dict(state["schedule"])
+        self.early_stopping.load_state_dict(state.get("early_stopping", self.early_stopping.state_dict()))
         self._position = state["loader"]
         self.step = state["step"]
         self.epochs_done = state["epochs_done"]
@@ -182,7 +184,7 @@ class Trainer:
             seed_everything(self.config.seed, self.ranks.rank, self.step)
 
     def fit(self) -> TrainResult:
-        """Trains to the end of the last epoch or to max_steps, whichever comes first.
+        """Trains to the end of the last epoch, to max_steps or to an early stop, whichever comes first.
 
         Raises:
             ConfigError: another process has the run folder, or nothing may be written there.
@@ -212,7 +214,8 @@ class Trainer:
 
     def _run(self) -> None:
         if self._finished():
-            self._say(f"nothing left to do at step {self.step}: raise epochs or max_steps")
+            key = "early_stopping" if self.early_stopping.is_due else "epochs or max_steps"
+            self._say(f"nothing left to do at step {self.step}: raise {key}")
             return
         if self.ledger is not None and self.ranks.is_main and not (self.run_dir / LEDGER_FILE).exists():
             self.ledger.save(self.run_dir / LEDGER_FILE)
@@ -222,6 +225,8 @@ class Trainer:
             ended = self._train_epoch()
         if self.ranks.is_main:
             plot_curves(self.run_dir, self.ledger)
+        if self.early_stopping.is_due:
+            self._say(f"ended early at step {self.step}: {self.early_stopping.story()}")
         if not self._finished():
             command = f"; to go on: {self._resume_command}" if self._resume_command else ""
             self._say(f"stopped after step {self.step}, saved in {self.checkpoints.path}{command}")
@@ -232,7 +237,7 @@ class Trainer:
 
     def _finished(self) -> bool:
         reached = self.config.max_steps is not None and self.step >= self.config.max_steps
-        return reached or self.epochs_done >= self.config.epochs
+        return reached or self.epochs_done >= self.config.epochs or self.early_stopping.is_due
 
     def _result(self) -> TrainResult:
         return TrainResult(self.step, self.epochs_done, self.best_loss, interrupted=not self._finished())
@@ -311,6 +316,8 @@ class Trainer:
             self.best_loss = total if is_best else self.best_loss
             if evaluate_due:  # not where max_steps ends a run: a longer run would not evaluate there
                 self.schedule.evaluated(total)
+                self.early_stopping.evaluated(total)
+                ended = ended or (is_healthy and self.early_stopping.is_due)
             self._show_ledger(validation, is_best)
         if save_due or ended or validation is not None:
             self._is_save_put_off = not is_healthy
@@ -378,6 +385,7 @@ class Trainer:
             "model": model,
             "optimizer": optimizer,
             "schedule": self.schedule.state_dict(),
+            "early_stopping": self.early_stopping.state_dict(),
             **self._optimizer_step.state_dict(),
             "random": of_main,
             "random_of_ranks": of_others,

@@ -32,6 +32,7 @@ class Outer(TrainerConfig):
         ("grad_accum", 0, "at least 1"),
         ("batch_size", -1, "at least 1"),
         ("max_steps", 0, "at least 1, or None"),
+        ("early_stopping", 0, "at least 1, or None"),
         ("lr", 0.0, "finite and above 0"),
         ("lr", float("nan"), "finite and above 0"),
         ("weight_decay", -0.1, "finite and at least 0"),
