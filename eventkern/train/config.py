@@ -42,11 +42,15 @@ class TrainerConfig:
     """Highest learning rate."""
     weight_decay: float = 0.0
     """Weight decay, of matrices only (biases, norms and vectors are spared)."""
-    schedule: Literal["constant", "linear", "cosine", "plateau"] = "plateau"
-    """Learning rate after the warm-up: constant; linear or cosine decay to 0 at the last step; or plateau: halved when
-    more than 3 evaluations in a row bring no lower validation loss."""
+    schedule: Literal["constant", "linear", "cosine", "cosine_restarts", "plateau"] = "plateau"
+    """Learning rate after the warm-up: constant; linear or cosine decay to 0 at the last step; cosine_restarts: cosine
+    decay over and over; or plateau: halved when more than 3 evaluations in a row bring no lower validation loss."""
     warmup_steps: int = 0
-    """Optimizer steps over which the learning rate climbs from 0 to lr."""
+    """Optimizer steps over which the learning rate climbs from 0 to lr; a run of fewer steps ends on the climb."""
+    restart_steps: int | None = None
+    """Optimizer steps of the first decay of cosine_restarts, which needs it."""
+    restart_multiplier: int = 1
+    """How many times as long as the one before it each further decay of cosine_restarts is."""
     clip: float = 1.0
     """Largest norm of all gradients together; 0: no clipping."""
     precision: Literal["fp32", "tf32", "bf16", "fp16", "auto"] = "auto"
@@ -83,6 +87,13 @@ class TrainerConfig:
         for key in ("max_steps", "evaluate_every", "early_stopping", "save_every"):
             value = getattr(self, key)
             require(self, key, value is None or value >= 1, "at least 1, or None")
+        if self.schedule == "cosine_restarts":
+            is_length = self.restart_steps is not None and self.restart_steps >= 1
+            require(self, "restart_steps", is_length, "at least 1 for the schedule cosine_restarts")
+            require(self, "restart_multiplier", self.restart_multiplier >= 1, "at least 1")
+        else:
+            require(self, "restart_steps", self.restart_steps is None, "None unless schedule is cosine_restarts")
+            require(self, "restart_multiplier", self.restart_multiplier == 1, "1 unless schedule is cosine_restarts")
         require(self, "warmup_steps", self.warmup_steps >= 0, "at least 0")
         require(self, "seed", 0 <= self.seed < 2**63, "at least 0 and below 2^63")
         for key in ("weight_decay", "clip"):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from eventkern.train.device import FUSED_DEVICES
 
 PLATEAU_FACTOR = 0.5
 PLATEAU_PATIENCE = 3
+POSITION = ("last_epoch", "_step_count", "base_lrs", "_last_lr")
+"""What each of torch's schedulers holds of its place; the rest of its state is its settings."""
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainerConfig) -> torch.optim.Optimizer:
@@ -38,25 +41,34 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainerConfig) -
 
 
 class Schedule:
-    """The learning rate of each step: a warm-up, then constant, linear or cosine decay to 0, or halving at a plateau.
+    """The learning rate of each step: a warm-up, then a function of the step, or halving at a plateau.
+
+    The function of the step is torch's LambdaLR over `factor`, and so a run that is resumed with more steps, another
+    warm-up or another schedule takes the rates that those mean; torch's CosineAnnealingLR, LinearLR and SequentialLR
+    bring their lengths back from the checkpoint (past its old end cosine climbs again, and linear stays at 0).
 
     Args:
         optimizer: the optimizer whose learning rate it sets.
-        config: its keys schedule and warmup_steps.
+        config: its keys schedule, warmup_steps, restart_steps and restart_multiplier.
         total_steps: the step at which linear and cosine decay reach 0.
+
+    Numerics:
+        A schedule that goes on from a saved state gives bitwise the rates of one that was never interrupted.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, config: TrainerConfig, total_steps: int) -> None:
         self._optimizer = optimizer
-        self._of_step: LambdaLR | LinearLR | None
+        self._of_step: LambdaLR | LinearLR
+        self._factor: Callable[[int], float] | None = None
         self._of_loss: ReduceLROnPlateau | None = None
         if config.schedule == "plateau":
             # LinearLR multiplies the present rate where LambdaLR would overwrite what the plateau has halved.
             warmup = config.warmup_steps
-            self._of_step = LinearLR(optimizer, 1 / (warmup + 1), total_iters=warmup) if warmup else None
+            self._of_step = LinearLR(optimizer, 1 / (warmup + 1), total_iters=warmup)
             self._of_loss = ReduceLROnPlateau(optimizer, factor=PLATEAU_FACTOR, patience=PLATEAU_PATIENCE)
         else:
-            self._of_step = LambdaLR(optimizer, lambda step: factor(config, step, total_steps))
+            self._factor = partial(factor, config, total_steps)
+            self._of_step = LambdaLR(optimizer, self._factor)
 
     @property
     def lr(self) -> float:
@@ -65,8 +77,7 @@ class Schedule:
 
     def step(self) -> None:
         """To be called after every optimizer step."""
-        if self._of_step is not None:
-            self._of_step.step()
+        self._of_step.step()
 
     def evaluated(self, loss: float) -> None:
         """To be called after every evaluation that the configuration asks for, with the validation loss."""
@@ -74,13 +85,17 @@ class Schedule:
             self._of_loss.step(loss)
 
     def state_dict(self) -> dict[str, Any]:
-        parts = {"step": self._of_step, "loss": self._of_loss}
-        return {name: part.state_dict() for name, part in parts.items() if part is not None}
+        state: dict[str, Any] = {"step": {name: getattr(self._of_step, name) for name in POSITION}}
+        return state if self._of_loss is None else {**state, "loss": self._of_loss.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up a saved state; the parts that another schedule saved are left out."""
-        if self._of_step is not None and "step" in state:
-            self._of_step.load_state_dict(state["step"])
+        """Takes up a saved state, after the optimizer has; lengths and kind of schedule stay the configuration's."""
+        for name in POSITION:
+            setattr(self._of_step, name, state["step"][name])
+        if self._factor is not None:
+            share = self._factor(self._of_step.last_epoch)
+            for group, base_lr in zip(self._optimizer.param_groups, self._of_step.base_lrs, strict=True):
+                group["lr"] = base_lr * share
         if self._of_loss is not None and "loss" in state:
             self._of_loss.load_state_dict(state["loss"])
 
@@ -123,12 +138,21 @@ class EarlyStopping:
         self._lowest, self._count = state["lowest"], state["count"]
 
 
-def factor(config: TrainerConfig, step: int, total_steps: int) -> float:
-    """The share of config.lr that step (counted from 0) takes, for the schedules that are functions of the step."""
+def factor(config: TrainerConfig, total_steps: int, step: int) -> float:
+    """The share of config.lr that step (counted from 0) takes, for the schedules that are functions of the step.
+
+    Source: the cosine and its warm restarts are those of I. Loshchilov and F. Hutter, "SGDR" (2017), equation 5.
+    """
     warmup = config.warmup_steps
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if config.schedule == "constant":
         return 1.0
-    done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-    return 1.0 - done if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    done, length = step - warmup, max(1, total_steps - warmup)
+    if config.schedule == "cosine_restarts":
+        length = config.restart_steps or length
+        while done >= length and config.restart_multiplier > 1:
+            done, length = done - length, length * config.restart_multiplier
+        done %= length
+    share = min(1.0, done / length)
+    return 1.0 - share if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * share))

@@ -68,8 +68,8 @@ class Trainer:
     for the device. A step with a loss or a gradient that is not finite is skipped and counted; while steps are being
     skipped no checkpoint is written, and `max_skipped_steps` in a row end the run.
 
-    A checkpoint holds: model (the plain state_dict), optimizer, schedule, early_stopping, scaler (the loss scale), random
-    (generator states), loader (its position), step, epochs_done, best_loss, skipped_steps, config, metadata,
+    A checkpoint holds: model (the plain state_dict), optimizer, schedule, early_stopping, scaler (the loss scale),
+    random (generator states), loader (its position), step, epochs_done, best_loss, skipped_steps, config, metadata,
     environment. Ctrl-C and SIGTERM, on any rank, finish the step (and the evaluation it is due), save, and end the run;
     a second Ctrl-C aborts it.
 

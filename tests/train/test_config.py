@@ -38,7 +38,9 @@ class Outer(TrainerConfig):
         ("weight_decay", -0.1, "finite and at least 0"),
         ("clip", float("inf"), "finite and at least 0"),
         ("warmup_steps", -1, "at least 0"),
-        ("schedule", "warm", "constant | linear | cosine | plateau"),
+        ("schedule", "warm", "constant | linear | cosine | cosine_restarts | plateau"),
+        ("restart_steps", 5, "None unless schedule is cosine_restarts"),
+        ("restart_multiplier", 2, "1 unless schedule is cosine_restarts"),
         ("optimizer", "sgd", "adam | adamw"),
         ("precision", "fp8", "fp32 | tf32 | bf16 | fp16 | auto"),
         ("compile", "yes", "auto | on | off"),
@@ -53,6 +55,20 @@ def test_values_out_of_range_are_named(key: str, value: Any, wanted: str) -> Non
 
 
 @pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({}, "restart_steps is None, but must be at least 1 for the schedule cosine_restarts"),
+        ({"restart_steps": 0}, "restart_steps is 0, but must be at least 1 for the schedule cosine_restarts"),
+        ({"restart_steps": 5, "restart_multiplier": 0}, "restart_multiplier is 0, but must be at least 1"),
+    ],
+)
+def test_restarts_need_a_length(keys: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        TrainerConfig(schedule="cosine_restarts", **keys)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("eval_every = 1", "unknown key 'eval_every'; the closest known key is 'evaluate_every'"),
@@ -64,7 +80,7 @@ def test_values_out_of_range_are_named(key: str, value: Any, wanted: str) -> Non
         ("epochs = true", "epochs is True, but must be of type int"),
         ("epochs = '3'", "epochs is '3', but must be of type int"),
         ("max_steps = 1.5", "max_steps is 1.5, but must be of type int"),
-        ("schedule = 'warm'", "schedule is 'warm', but must be constant | linear | cosine | plateau"),
+        ("schedule = 'warm'", "schedule is 'warm', but must be constant | linear | cosine | cosine_restarts | plateau"),
         ("grad_accum = 0", "grad_accum is 0, but must be at least 1"),
         ("epochs = ", "not valid TOML: Invalid value (at end of document)"),
     ],

@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import (
+    ConstantLR,
+    CosineAnnealingLR,
+    CosineAnnealingWarmRestarts,
+    LinearLR,
+    LRScheduler,
+    SequentialLR,
+)
 
 from eventkern.train import TrainerConfig
 from eventkern.train.optim import Schedule, build_optimizer
 
 
 def rates(
-    config: TrainerConfig, total_steps: int, losses: dict[int, float] | None = None, stop: int = 0
+    config: TrainerConfig,
+    total_steps: int,
+    losses: dict[int, float] | None = None,
+    stop: int = 0,
+    before: tuple[TrainerConfig, int] | None = None,
 ) -> list[float]:
-    """The learning rate of every step; at `stop` the schedule is saved and taken up by a new one."""
-    optimizer = build_optimizer([nn.Parameter(torch.ones(2, 2))], config)
-    schedule = Schedule(optimizer, config, total_steps)
+    """The learning rate of every step; at `stop` the schedule (of `before`, if that is given) is saved and taken up by
+    a new one."""
+    old_config, old_total = before or (config, total_steps)
+    optimizer = build_optimizer([nn.Parameter(torch.ones(2, 2))], old_config)
+    schedule = Schedule(optimizer, old_config, old_total)
     taken = []
     for step in range(total_steps):
         if step == stop and stop:
-            state, optimizer_state = schedule.state_dict(), optimizer.state_dict()
+            state, optimizer_state = copy.deepcopy((schedule.state_dict(), optimizer.state_dict()))
             optimizer = build_optimizer([nn.Parameter(torch.ones(2, 2))], config)
             schedule = Schedule(optimizer, config, total_steps)
             optimizer.load_state_dict(optimizer_state)
@@ -56,18 +73,31 @@ def test_weight_decay_is_of_matrices_alone(name: str) -> None:
     assert torch.equal(torch.cat(before[1:]), torch.cat([parameter.detach() for parameter in after[1:]]))
 
 
-def test_adamw_is_torchs() -> None:
+@pytest.mark.parametrize(("name", "peer_class"), [("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam)])
+def test_it_is_torchs_on_matrices_with_decay_and_on_vectors_without(
+    name: str, peer_class: type[torch.optim.AdamW | torch.optim.Adam]
+) -> None:
     torch.manual_seed(0)
-    start, gradients = torch.randn(5, 3), torch.randn(4, 5, 3)
-    config = TrainerConfig(optimizer="adamw", lr=0.01, weight_decay=0.1)
-    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    peer = torch.optim.AdamW([theirs], lr=0.01, weight_decay=0.1)
-    optimizer = build_optimizer([ours], config)
-    for gradient in gradients:
-        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
-        optimizer.step()
-        peer.step()
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+    config = TrainerConfig(optimizer=name, lr=0.01, weight_decay=0.1)  # type: ignore[arg-type]
+    for shape, decay in (((5, 3), 0.1), ((2, 3, 4), 0.1), ((7,), 0.0)):
+        start, gradients = torch.randn(*shape), torch.randn(4, *shape)
+        ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+        peer = peer_class([theirs], lr=0.01, weight_decay=decay, foreach=False, fused=False)
+        optimizer = build_optimizer([ours], config)
+        for gradient in gradients:
+            ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+            optimizer.step()
+            peer.step()
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_it_is_fused_where_the_device_has_that(name: str) -> None:
+    config = TrainerConfig(optimizer=name)  # type: ignore[arg-type]
+    here, elsewhere = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2, device="meta"))
+    for parameters, is_fused in (([here], True), ([elsewhere], False), ([here, elsewhere], False)):
+        groups = build_optimizer(parameters, config).param_groups
+        assert [group["fused"] for group in groups] == [is_fused]
 
 
 def test_constant_linear_and_cosine_with_warmup() -> None:
@@ -92,9 +122,72 @@ def test_the_plateau_halves_after_more_than_three_and_keeps_the_warmup() -> None
     assert rates(TrainerConfig(lr=1.0, schedule="plateau"), 12, falling) == [1.0] * 12
 
 
-@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "plateau"])
-@pytest.mark.parametrize("stop", [2, 7])
-def test_a_saved_schedule_goes_on(name: str, stop: int) -> None:
-    config = TrainerConfig(lr=0.3, schedule=name, warmup_steps=4)  # type: ignore[arg-type]
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "constant": {},
+    "linear": {},
+    "cosine": {},
+    "cosine_restarts": {"restart_steps": 5},
+    "longer restarts": {"restart_steps": 3, "restart_multiplier": 2},
+    "plateau": {},
+}
+
+
+def config_of(name: str, **keys: Any) -> TrainerConfig:
+    schedule: Any = "cosine_restarts" if name == "longer restarts" else name
+    return TrainerConfig(schedule=schedule, **SCHEDULES[name], **keys)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 4])
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "plateau"])
+def test_the_rates_are_those_of_torchs_own_schedulers(name: str, warmup: int) -> None:
+    total = 40
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(2))], lr=0.3)
+    after: dict[str, Callable[[], LRScheduler]] = {
+        "constant": lambda: ConstantLR(optimizer, 1.0),
+        "linear": lambda: LinearLR(optimizer, 1.0, 0.0, total - warmup),
+        "cosine": lambda: CosineAnnealingLR(optimizer, total - warmup),
+        "cosine_restarts": lambda: CosineAnnealingWarmRestarts(optimizer, 5),
+        "longer restarts": lambda: CosineAnnealingWarmRestarts(optimizer, 3, 2),
+    }
+    scheduler = after[name]()
+    if warmup:
+        climb = LinearLR(optimizer, 1 / (warmup + 1), total_iters=warmup)
+        scheduler = SequentialLR(optimizer, [climb, scheduler], [warmup])
+    wanted = []
+    for _ in range(total):
+        wanted.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates(config_of(name, lr=0.3, warmup_steps=warmup), total) == pytest.approx(wanted, rel=1e-12, abs=1e-15)
+
+
+@pytest.mark.parametrize("warmup", [0, 4])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_saved_schedule_goes_on_bitwise(name: str, warmup: int) -> None:
+    config = config_of(name, lr=0.3, warmup_steps=warmup)
     losses = dict.fromkeys(range(1, 21), 1.0)
-    assert rates(config, 20, losses, stop=stop) == rates(config, 20, losses)
+    undisturbed = rates(config, 20, losses)
+    for stop in range(1, 20):  # on the climb, at its end, at a restart, after the plateau's first halving
+        assert rates(config, 20, losses, stop=stop) == undisturbed, stop
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "plateau"])
+@pytest.mark.parametrize(("before", "old_total"), [("cosine", 12), ("linear", 12), ("plateau", 12), ("constant", 20)])
+def test_a_run_that_goes_on_otherwise_takes_the_rates_that_its_keys_mean(
+    name: str, before: str, old_total: int
+) -> None:
+    """More steps, another warm-up, another schedule."""
+    config, old = config_of(name, lr=0.3, warmup_steps=14), config_of(before, lr=0.3, warmup_steps=2)
+    assert rates(config, 30, stop=12, before=(old, old_total))[12:] == rates(config, 30)[12:]
+
+
+def test_a_plateau_after_another_schedule_halves_the_rate_it_finds() -> None:
+    losses = dict.fromkeys(range(13, 31), 1.0)
+    old = TrainerConfig(lr=0.3, schedule="constant", warmup_steps=2)
+    found = rates(TrainerConfig(lr=0.3, schedule="plateau"), 22, losses, stop=12, before=(old, 12))
+    assert found[12:] == pytest.approx([0.3] * 5 + [0.15] * 4 + [0.075])
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_run_shorter_than_its_warmup_ends_on_the_climb(name: str) -> None:
+    assert rates(config_of(name, lr=1.0, warmup_steps=9), 5) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])

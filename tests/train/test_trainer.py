@@ -103,6 +103,8 @@ RESUMES = {
     "twice": ([3, 7], {}),
     "plateau": ([5], {"schedule": "plateau", "warmup_steps": 3, "evaluate_every": 2}),
     "cosine": ([5], {"schedule": "cosine", "warmup_steps": 2, "save_every": 2}),
+    "restarts": ([5], {"schedule": "cosine_restarts", "restart_steps": 3, "warmup_steps": 2, "max_steps": 10}),
+    "linear": ([5], {"schedule": "linear", "max_steps": 10}),
     "adam": ([6], {"optimizer": "adam", "weight_decay": 0.1, "keep_checkpoints": 3}),
 }
 
@@ -334,9 +336,10 @@ def test_a_pair_of_loaders_and_no_folder_are_enough(tiny: Any, tmp_path: Path, m
 
 
 def test_max_steps_ends_inside_an_epoch_with_an_evaluation(tiny: Any, tmp_path: Path) -> None:
-    result = make_trainer(tiny, tmp_path, max_steps=2).fit()
+    result = make_trainer(tiny, tmp_path, max_steps=2, schedule="linear").fit()
     assert (result.step, result.epochs_done, result.interrupted) == (2, 0, False)
     assert "validation_loss_sum" in rows_of(tmp_path)[-1]
+    assert [row["lr"] for row in rows_of(tmp_path)] == [0.01, 0.005]  # the schedule ends with the run
 
 
 def test_a_finished_run_says_so(tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
