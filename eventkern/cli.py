@@ -57,6 +57,8 @@ class ModelConfig:
     """Layers of the decoder."""
     positions: Literal["learned", "sinusoidal"] = "learned"
     """Kind of position embedding."""
+    checkpoint_blocks: bool = False
+    """Keep only the inputs of encoder and decoder layers and compute the rest again in the backward: less memory."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from eventkern.nn import CrossAttention, MultiEmbedding, MultiHeadCrossEntropy, SelfAttention
 
@@ -44,6 +45,9 @@ class EventTransformerConfig:
         dropout: probability at the embeddings and after every attention and feed-forward block; attention weights have
             none, because flash attention on the CPU has none.
         positions: "learned" or "sinusoidal" positions; sources are S long, so theirs count back from the anchor.
+        checkpoint_blocks: in training, keep only the inputs of every encoder and decoder layer and run its forward
+            again in the backward (T. Chen et al., 2016): the same losses and gradients for less memory and more time.
+            torch loads its compiler for that, which takes about 140 MiB of the host's memory.
     """
 
     category_names: tuple[str, ...]
@@ -57,6 +61,7 @@ class EventTransformerConfig:
     decoder_layers: int = 1
     dropout: float = 0.0
     positions: Literal["learned", "sinusoidal"] = "learned"
+    checkpoint_blocks: bool = False
 
     def __post_init__(self) -> None:
         if len(self.category_names) != len(self.category_sizes):
@@ -86,6 +91,14 @@ def _feed_forward(d_model: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(d_model, 4 * d_model), nn.GELU(), nn.Linear(4 * d_model, d_model))
 
 
+def _run(layer: nn.Module, config: EventTransformerConfig, *inputs: Tensor) -> Tensor:
+    """A layer's output; in training under `checkpoint_blocks`, the backward makes what lies inside once more."""
+    if not (config.checkpoint_blocks and layer.training):
+        return layer(*inputs)
+    # Only dropout draws numbers, and to keep the generators' states for it costs time.
+    return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=config.dropout > 0)
+
+
 class EncoderLayer(nn.Module):
     """Pre-norm self-attention and feed-forward."""
 
@@ -107,12 +120,13 @@ class StreamEncoder(nn.Module):
 
     def __init__(self, config: EventTransformerConfig) -> None:
         super().__init__()
+        self.config = config
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
         self.norm = nn.LayerNorm(config.d_model)
 
     def forward(self, states_BSD: Tensor) -> Tensor:
         for layer in self.layers:
-            states_BSD = layer(states_BSD)
+            states_BSD = _run(layer, self.config, states_BSD)
         return self.norm(states_BSD[:, -1])
 
 
@@ -213,7 +227,7 @@ class EventTransformer(nn.Module):
             raise ValueError(f"{events_BTC.shape[1]} events to decode; want at most tgt_seq_len = {most}")
         states_BTD = self.dropout(self.target_positions(self.embedding(events_BTC)))
         for layer in self.decoder:
-            states_BTD = layer(states_BTD, memory_BKD)
+            states_BTD = _run(layer, self.config, states_BTD, memory_BKD)
         return self.norm(states_BTD)
 
     def forward(self, batch: EventBatchLike) -> Tensor:

@@ -1,6 +1,7 @@
 """EventTransformer: what each output depends on, its losses and metrics, its first loss, and torch.compile."""
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -168,7 +169,25 @@ def test_it_learns_a_batch_by_heart(model, generator):
     assert model.metrics(batch)["top1"].tolist() == [1.0, 1.0, 1.0]
 
 
-def test_compiled_equals_eager_forward_and_backward(model, generator):
+def saved_bytes(model: EventTransformer, batch: Batch, forward: Callable[..., Tensor] | None = None) -> int:
+    """Bytes that a forward keeps for the backward, beside the weights; views of one storage count once."""
+    owned = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in owned:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward(batch.sources, batch.targets) if forward else model(batch)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_compiled_equals_eager_forward_and_backward(is_checkpointed, generator):
+    torch.manual_seed(1)
+    model = EventTransformer(replace(CONFIG, checkpoint_blocks=is_checkpointed))
     batch = random_batch(CONFIG, generator)
     torch.compiler.reset()
     compiled = torch.compile(lambda sources, targets: model(Batch(sources, targets)), fullgraph=True)
@@ -180,6 +199,49 @@ def test_compiled_equals_eager_forward_and_backward(model, generator):
         results.append((losses.detach(), model.embedding.weight.grad.clone()))
     for eager, lowered in zip(*results, strict=True):
         torch.testing.assert_close(lowered, eager, rtol=1e-4, atol=1e-5)
+    if is_checkpointed:
+        assert saved_bytes(model, batch, compiled) < 0.5 * saved_bytes(EventTransformer(CONFIG), batch)
+
+
+def step_of(config: EventTransformerConfig, batch: Batch, is_checkpointed: bool, dtype: torch.dtype | None = None):
+    """Losses, gradients and the generator's state after a training step of a fresh model."""
+    torch.manual_seed(1)
+    model = spread_out(EventTransformer(replace(config, checkpoint_blocks=is_checkpointed)))
+    with torch.autocast("cpu", dtype=dtype) if dtype else nullcontext():
+        losses = model(batch)
+    losses.sum().backward()
+    return [losses.detach(), *(parameter.grad for parameter in model.parameters()), torch.get_rng_state()]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpointed_blocks_have_bitwise_the_losses_and_gradients(dropout, dtype, generator):
+    config, batch = replace(CONFIG, dropout=dropout), random_batch(CONFIG, generator)
+    plain, checkpointed = (step_of(config, batch, each, dtype) for each in (False, True))
+    for one, other in zip(plain, checkpointed, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpointed_blocks_keep_their_inputs_alone(dropout, generator):
+    config = replace(CONFIG, dropout=dropout, src_seq_len=70, tgt_seq_len=60)
+    batch = random_batch(config, generator)
+    plain, checkpointed = (EventTransformer(replace(config, checkpoint_blocks=each)) for each in (False, True))
+    # A layer keeps, in float32 numbers a row: the inputs of 2 norms (2 D) with their mean and deviation, of queries,
+    # keys and values (D) and these (3 D), the attended (D) and a log-sum-exp a head, the inputs of the feed-forward's
+    # linear layers (D, 4 D) and of GELU (4 D): 16 D, of which checkpointing keeps the layer's input. Cross-attention
+    # adds a norm's input, the query's input, the query and the attended (4 D); every dropout a mask (D).
+    width, heads, masks = config.d_model, config.num_heads, config.d_model if dropout else 0
+    encoder = 4 * (15 * width + heads + 4 + 2 * masks)
+    decoder = 4 * (19 * width + 2 * heads + 6 + 3 * masks)
+    source_rows, target_rows = 4 * config.num_streams * config.src_seq_len, 4 * config.tgt_seq_len
+    keys_and_values = 4 * 2 * width * 4 * config.num_streams  # of the memory
+    saving = config.encoder_layers * source_rows * encoder
+    saving += config.decoder_layers * (target_rows * decoder + keys_and_values)
+    whole = saved_bytes(plain, batch)
+    assert whole - saved_bytes(checkpointed, batch) == pytest.approx(saving, rel=0.01)
+    assert saving > 0.6 * whole
+    assert saved_bytes(checkpointed.eval(), batch) == saved_bytes(plain.eval(), batch)
 
 
 @pytest.mark.parametrize(
