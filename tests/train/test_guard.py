@@ -152,9 +152,13 @@ def test_a_save_among_skipped_steps_is_put_off(tiny: Any, tmp_path: Path) -> Non
 
 def test_an_evaluation_among_skipped_steps_is_never_the_best(tiny: Any, tmp_path: Path) -> None:
     model = spoil_loss(tiny, lambda call: call == 4)
-    result = make_trainer(tiny, tmp_path, model, evaluate_every=4, max_steps=5).fit()
+    totals = iter([2.0, 3.0])  # after steps 4 and 5
+    model.metrics = lambda _: {"loss": torch.tensor([next(totals), 0.0]), "top1": torch.zeros(2)}
+    trainer = make_trainer(tiny, tmp_path, model, evaluate_every=4, max_steps=5)
+    trainer.loaders = Loaders(trainer.loaders.train, tiny.Loader(9, num_samples=9, seed=1))  # one batch
+    assert trainer.fit().best_loss == 3.0
     best = load_checkpoint(tmp_path / "checkpoints/best")
-    assert (best["step"], best["best_loss"]) == (5, result.best_loss)  # not 4, which has no checkpoint
+    assert (best["step"], best["best_loss"]) == (5, 3.0)  # not 4, which has no checkpoint
 
 
 def test_a_run_that_ends_among_skipped_steps_fails(tiny: Any, tmp_path: Path) -> None:
@@ -208,3 +212,13 @@ def test_a_notice_does_not_wait_for_later_work() -> None:
         assert notice.read() == [number, number]
         assert not torch.cuda.current_stream().query()  # still at it
     torch.cuda.synchronize()
+
+
+def test_the_loss_scale_comes_down_where_the_guard_skips(tiny: Any, tmp_path: Path) -> None:
+    """Also where every gradient is finite, but not the norm."""
+    model = tiny.Model()
+    model.heads[0].weight.register_hook(lambda gradient: torch.full_like(gradient, 1e30))
+    trainer = make_trainer(tiny, tmp_path, model, precision="fp16")
+    trainer._train_step([next(iter(trainer.loaders.train))])
+    assert int(trainer._optimizer_step.guard.skipped) == 1
+    assert trainer._optimizer_step.scaler.get_scale() == 2.0**15
