@@ -420,7 +420,7 @@ def evaluate(command: Evaluate) -> None:
     from eventkern.train import evaluation
     from eventkern.train.checkpoint import load_weights
     from eventkern.train.config import from_mapping
-    from eventkern.train.device import select_device, select_precision
+    from eventkern.train.device import has_precision, select_device, select_precision
     from eventkern.train.lineage import refuse_other_lineage
     from eventkern.train.logging import print_ledger
 
@@ -437,7 +437,8 @@ def evaluate(command: Evaluate) -> None:
     load_weights(model, state["model"], path)
     options = {key: getattr(config, key) for key in ("src_seq_len", "tgt_seq_len", "id_category_size")}
     loader = EventLoader(store, "validation", batch_size=command.batch_size, device=device, fold=fold, **options)
-    precision = select_precision(config.precision, device)
+    wanted = config.precision if has_precision(config.precision, device) else "auto"  # trained on another device
+    precision = select_precision(wanted, device)
     means = evaluation.evaluate(model.to(device), loader, precision=precision, device=device)
     ledger = build_ledger(store, config.id_category_size, fold)
     ledger.update(state["step"], means["loss"].numpy(), means["top1"].numpy())

@@ -60,13 +60,16 @@ def select_precision(name: str, device: torch.device) -> str:
     if name == "auto":
         has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return "bf16" if has_bf16 else "fp32"
-    if name == "tf32":
-        is_there = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        is_there = name != "fp16" or device.type in FUSED_DEVICES  # where a step that overflows is skipped for nothing
-    if not is_there:
+    if not has_precision(name, device):
         raise ConfigError(f"precision is {name!r}, but device {device} has none: use fp32 or auto")
     return name
+
+
+def has_precision(name: str, device: torch.device) -> bool:
+    """Whether a device trains in it: tf32 needs CUDA since Ampere, fp16 a device that skips a step without a sync."""
+    if name == "tf32":
+        return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return name != "fp16" or device.type in FUSED_DEVICES
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:

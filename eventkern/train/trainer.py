@@ -121,7 +121,9 @@ class Trainer:
         self.loaders = loaders
         if run_dir is None:
             run_dir = fresh_folder()
-            run_dir.mkdir(parents=True)
+            if self.ranks.is_main:
+                run_dir.mkdir(parents=True)
+            run_dir = self.ranks.gather(run_dir)[0]
         self.run_dir = Path(run_dir)
         self.ledger = ledger
         self.checkpoints = CheckpointFolder(self.run_dir / CHECKPOINTS, config.keep_checkpoints)

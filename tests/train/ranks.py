@@ -1,4 +1,4 @@
-"""What each process of a test under ranks runs: `python ranks.py PLAY FOLDER`, with the environment of torchrun.
+"""What each process of a test under ranks runs: `python ranks.py PLAYS FOLDER DEVICE`, in torchrun's environment.
 
 Not a test itself: tests/train/test_distributed.py starts it and judges what it leaves in FOLDER.
 """
@@ -19,7 +19,7 @@ import torch
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
-from conftest import TinyBatch, TinyLoader, TinyModel
+from conftest import PlainModel, TinyBatch, TinyLoader, TinyModel
 
 from eventkern.train import Loaders, Trainer, TrainerConfig
 from eventkern.train.distributed import Ranks, join
@@ -41,9 +41,10 @@ def start(world_size: int, command: Sequence[str], **options: Any) -> list[subpr
 
 def trainer(ranks: Ranks, run_dir: Path, model: Any = None, *, batch_size: int = 3, **keys: Any) -> Trainer:
     config = TrainerConfig(**{**KEYS, "batch_size": batch_size, **keys})
-    train = TinyLoader(batch_size, rank=ranks.rank, world_size=ranks.world_size)
+    device = str(ranks.device)
+    train = TinyLoader(batch_size, device=device, rank=ranks.rank, world_size=ranks.world_size)
     # 5 batches for 2 ranks or 3: the last round is short
-    loaders = Loaders(train, TinyLoader(2, num_samples=9, seed=1))
+    loaders = Loaders(train, TinyLoader(2, num_samples=9, seed=1, device=device))
     return Trainer(TinyModel() if model is None else model, config, loaders, run_dir=run_dir, ranks=ranks)
 
 
@@ -143,6 +144,18 @@ def handed_on(ranks: Ranks, folder: Path) -> None:
     trainer(ranks, folder, schedule="constant", max_steps=5).fit()
 
 
+def on_gpu(ranks: Ranks, folder: Path) -> None:
+    """One rank on CUDA, over nccl: every precision, replicated and sharded, compiled."""
+    for sharding in ("none", "fully_shard"):
+        for precision in ("fp32", "tf32", "bf16", "fp16"):
+            keys = {"device": "cuda", "sharding": sharding, "precision": precision, "compile": "on"}
+            run_dir = folder / f"{sharding}-{precision}"
+            trainer(ranks, run_dir, PlainModel(), **keys).fit()
+            again = trainer(ranks, run_dir, PlainModel(), **keys, epochs=3)
+            again.resume(run_dir / "checkpoints/last")
+            again.fit()
+
+
 def phases(ranks: Ranks, folder: Path) -> None:
     """Phases of which some ranks fail."""
     told = []
@@ -159,7 +172,7 @@ def phases(ranks: Ranks, folder: Path) -> None:
 
 PLAYS: dict[str, Callable[[Ranks, Path], None]] = {
     play.__name__: play
-    for play in (equal, synchronised, half, resumed, sharded_resume, spoiled, taken_up, handed_on, phases)
+    for play in (equal, synchronised, half, resumed, sharded_resume, spoiled, taken_up, handed_on, on_gpu, phases)
 }
 
 
@@ -168,7 +181,7 @@ def main() -> None:
     # of a Linear on three dimensions, as the heads of TinyModel are, whose result nobody changes in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     torch.set_num_threads(1)
-    with join("cpu") as ranks:
+    with join(sys.argv[3]) as ranks:
         for play in sys.argv[1].split(","):
             folder = Path(sys.argv[2]) / play
             folder.mkdir(exist_ok=True)

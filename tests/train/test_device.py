@@ -12,7 +12,14 @@ import pytest
 import torch
 
 from eventkern.train import ConfigError
-from eventkern.train.device import autocast, float32_products, seed_everything, select_device, select_precision
+from eventkern.train.device import (
+    autocast,
+    float32_products,
+    has_precision,
+    seed_everything,
+    select_device,
+    select_precision,
+)
 
 
 def test_auto_takes_the_best_device_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,6 +54,7 @@ def test_a_precision_that_a_device_lacks_is_named(
     with pytest.raises(ConfigError) as error:
         select_precision(precision, torch.device(kind))
     assert str(error.value) == f"precision is '{precision}', but device {kind} has none: use fp32 or auto"
+    assert not has_precision(precision, torch.device(kind))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     assert select_precision(precision, torch.device("cuda")) == precision
 

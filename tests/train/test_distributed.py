@@ -63,8 +63,8 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[Any]:
     sys.modules.pop("conftest", None)
 
 
-def play(ranks: Any, world_size: int, plays: str, folder: Path) -> None:
-    running = ranks.start(world_size, [str(HERE / "ranks.py"), plays, str(folder)])
+def play(ranks: Any, world_size: int, plays: str, folder: Path, device: str = "cpu") -> None:
+    running = ranks.start(world_size, [str(HERE / "ranks.py"), plays, str(folder), device])
     told = [process.communicate(timeout=300) for process in running]
     assert [process.returncode for process in running] == [0] * world_size, [errors[-3000:] for _, errors in told]
     assert not any(output for output, _ in told[1:])  # the main rank alone prints
@@ -127,6 +127,15 @@ def test_three_ranks_resume_bitwise(ranks: Any, tmp_path: Path) -> None:
     """With more than two addends their order matters, which DistributedDataParallel finds out in its first backward."""
     play(ranks, 3, "resumed", tmp_path)
     assert_resumed_bitwise(tmp_path / "resumed")
+
+
+@pytest.mark.gpu
+def test_a_rank_on_a_gpu_trains_in_every_precision(ranks: Any, tmp_path: Path) -> None:
+    play(ranks, 1, "on_gpu", tmp_path, "cuda")
+    runs = [rows_of(run_dir) for run_dir in (tmp_path / "on_gpu").iterdir()]
+    assert len(runs) == 8
+    for rows in runs:
+        assert rows[-1]["loss_sum"] < rows[0]["loss_sum"]
 
 
 def assert_resumed_bitwise(folder: Path) -> None:
