@@ -23,7 +23,7 @@ from eventkern.cli import RunConfig, load_config, main
 from eventkern.data import EventStore, Fold
 from eventkern.data.baselines import baselines
 from eventkern.train import device
-from eventkern.train.checkpoint import FORMAT, save_checkpoint
+from eventkern.train.checkpoint import FORMAT, load_checkpoint, save_checkpoint
 
 SCHEMA = """
 name = "visits"
@@ -275,6 +275,16 @@ def test_a_fold_trains_and_is_evaluated_on_its_own_keys(here: Path, capsys: pyte
     assert main([*again, "--fold", "2"]) == 2
     assert "is of fold 1 of 3, and this run of fold 2 of 3; give --folds 3 --fold 1" in capsys.readouterr().err
     assert main(again) == 0
+
+
+def test_checkpointed_blocks_train_the_same_weights(here: Path) -> None:
+    arguments = ["train", "small.toml", "--max-steps", "3", "--dropout", "0.2", "--run-dir"]
+    assert main([*arguments, "plain"]) == 0
+    assert main([*arguments, "less", "--model.checkpoint-blocks"]) == 0
+    plain, less = (load_checkpoint(here / run / "checkpoints/last") for run in ("plain", "less"))
+    assert [state["metadata"]["model"]["checkpoint_blocks"] for state in (plain, less)] == [False, True]
+    for name, weight in plain["model"].items():
+        assert torch.equal(weight, less["model"][name]), name
 
 
 def test_info_tells_versions_ops_and_speed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
