@@ -54,7 +54,7 @@ class Fold:
 
     def held_out(self, store: EventStore) -> NDArray[np.bool_]:
         """(keys,) whether each key of a store belongs to this fold."""
-        return folds_of_keys(store, self.of) == self.number
+        return store.folds(self.of) == self.number
 
     def note(self, key: str) -> str:
         """What losses on this fold mean, in one line; `key` names the category of the keys."""

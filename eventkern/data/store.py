@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from eventkern import _C
 from eventkern.data.checksums import file_checksum, sizes_checksum
 from eventkern.data.entity_index import EntityIndex, index_fault
-from eventkern.data.folds import Fold
+from eventkern.data.folds import Fold, folds_of_keys
 from eventkern.data.schema import DataError, Schema
 
 FORMAT = "eventkern event store"
@@ -92,6 +92,7 @@ class EventStore:
         self._file: NDArray[np.uint8]
         self._arrays: dict[str, NDArray[Any]] = {}
         self._indexes: dict[str, EntityIndex] = {}
+        self._folds: dict[int, NDArray[np.int64]] = {}
         self._on_device: weakref.WeakValueDictionary[tuple[str, torch.device], torch.Tensor]
         self._on_device = weakref.WeakValueDictionary()
 
@@ -150,6 +151,12 @@ class EventStore:
                 raise DataError(f"{self.path / 'store.bin'}: section '{part}:{entity}' {what}: damaged; {AGAIN}")
             self._indexes[entity] = index
         return self._indexes[entity]
+
+    def folds(self, num_folds: int) -> NDArray[np.int64]:
+        """(keys,) the fold of each key, in [0, num_folds); `Fold` tells how it is chosen. Computed once."""
+        if num_folds not in self._folds:
+            self._folds[num_folds] = folds_of_keys(self, num_folds)
+        return self._folds[num_folds]
 
     def on_device(self, name: str, device: torch.device | str) -> torch.Tensor:
         """The bytes of a section, copied to a device once and shared by all who ask for it while any of them holds it.

@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from eventkern.data import EventLoader, EventStore, Fold
-from eventkern.data.folds import folds_of_keys
 from eventkern.data.prepare import prepare
 from eventkern.data.schema import Category, DataError, Schema, Stream
 from eventkern.data.store import Split
@@ -75,7 +74,7 @@ def labels(store: EventStore, split: Split, tgt_seq_len: int, fold: Fold) -> Ite
 def keys_by_name(store: EventStore, num_folds: int) -> dict[str, int]:
     index, column = store.index("who"), store.schema.category_names.index("who")
     codes = store.codes[index.rows[index.offsets[:-1]], column]
-    folds = folds_of_keys(store, num_folds)
+    folds = store.folds(num_folds)
     return {store.decode("who", int(code)): int(fold) for code, fold in zip(codes, folds, strict=True)}
 
 
@@ -140,7 +139,7 @@ def test_a_key_keeps_its_fold_in_another_store_of_the_same_data(store: EventStor
     shuffled = make(tmp_path / "shuffled", np.random.default_rng(0).permutation(600))
     for num_folds in (2, 5):
         folds = keys_by_name(store, num_folds)
-        assert folds_of_keys(again, num_folds).tolist() == folds_of_keys(store, num_folds).tolist()
+        assert again.folds(num_folds).tolist() == store.folds(num_folds).tolist()
         others = keys_by_name(shuffled, num_folds)
         del folds["(missing)"], others["(missing)"]  # the late key has no name in the store
         assert others == folds
@@ -154,7 +153,7 @@ def test_the_assignment_is_frozen(store: EventStore) -> None:
 
 def test_a_key_without_a_name_is_hashed_by_its_number(store: EventStore, tmp_path: Path) -> None:
     other = make(tmp_path / "other", late_key="of another name")
-    assert folds_of_keys(other, 1000).tolist() == folds_of_keys(store, 1000).tolist()
+    assert other.folds(1000).tolist() == store.folds(1000).tolist()
 
 
 def test_folds_are_of_about_equal_size() -> None:
@@ -174,7 +173,7 @@ def test_a_fold_out_of_range_is_named() -> None:
 
 
 def test_a_fold_without_labels_is_named(store: EventStore) -> None:
-    held_out = folds_of_keys(store, 500)
+    held_out = store.folds(500)
     empty = next(number for number in range(500) if number not in held_out)
     single = store.index("who").entity_of_row[300]
     for number in (empty, int(held_out[single])):
