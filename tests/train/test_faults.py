@@ -242,6 +242,8 @@ def test_a_save_that_is_killed_anywhere_leaves_the_one_before_or_itself(
 def test_a_killed_run_goes_on_bitwise(trials: Trials, schedule: str) -> None:
     """Between the micro-batches of a step, in the middle and at the end of an epoch, and for the third time."""
     command = f"train small.toml --schedule {schedule} --max-steps 24 --save-every 1 --evaluate-every 2"
+    if schedule == "cosine_restarts":
+        command += " --restart-steps 5"
     assert trials(f"{command} --run-dir {schedule}-whole") == 0, trials.said
     run = trials.folder / f"{schedule}-parts"
     kills = {  # forwards of the process, and the step it had saved

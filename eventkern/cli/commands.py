@@ -1,0 +1,221 @@
+"""What each command does. torch loads inside."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eventkern.cli.arguments import DataConfig, Evaluate, Prepare, RunConfig, Train
+from eventkern.train.config import to_mapping
+
+if TYPE_CHECKING:
+    from eventkern.data import EventStore, Fold
+    from eventkern.models import EventTransformerConfig
+    from eventkern.train import Ledger
+    from eventkern.train.distributed import Ranks
+
+
+def prepare(command: Prepare) -> None:
+    """`eventkern prepare`: prints what it did."""
+    import rich
+
+    from eventkern.data.shipped import prepare_source
+    from eventkern.train.run_folder import require_folder
+
+    if not command.out.is_file():  # a file there is named by the data room
+        require_folder(command.out, "--out")
+    options = {"on_error": command.on_error, "overwrite": command.overwrite}
+    rich.print(prepare_source(command.source, command.schema, command.out, **options))
+
+
+def train(command: Train) -> None:
+    """`eventkern train`, in a process of its own or in those that torchrun has started."""
+    from eventkern.train.distributed import join
+    from eventkern.train.failures import explained
+
+    config = RunConfig(**{field.name: getattr(command, field.name) for field in dataclasses.fields(RunConfig)})
+    with explained(config, is_alone="RANK" not in os.environ), join(config.device) as ranks:
+        train_together(command, config, ranks)
+
+
+def train_together(command: Train, config: RunConfig, ranks: Ranks) -> None:
+    """`eventkern train` among the ranks: the main one finds and locks the run's folder, and alone writes there."""
+    from eventkern.data.loader import EventLoader
+    from eventkern.data.shipped import TABLES, open_store
+    from eventkern.models import EventTransformer
+    from eventkern.train import Loaders, Trainer
+    from eventkern.train.device import keep_freed_memory, seed_everything, select_precision
+    from eventkern.train.environment import record_run
+    from eventkern.train.lineage import refuse_other_lineage
+    from eventkern.train.run_folder import find_run, locked
+
+    keep_freed_memory()
+    found = None
+    with contextlib.ExitStack() as stack:
+        with ranks.together():
+            if ranks.is_main:
+                found = find_run(Path(command.config).stem, command.run_dir, command.resume)
+                stack.enter_context(locked(found[0]))
+                open_store(config.data.store)  # prepared by one, if at all
+        run_dir, checkpoint = ranks.gather(found)[0] or (Path(), None)
+        with ranks.together():
+            store = open_store(config.data.store)
+            sizes = model_config(config, store)
+            fold = fold_of(config)
+            origin = lineage(store, sizes, fold)
+            if checkpoint is not None:
+                state = load_run(checkpoint)
+                refuse_other_lineage(state["metadata"]["lineage"], origin, checkpoint, store.path)
+            keys = ("src_seq_len", "tgt_seq_len", "id_category_size", "batch_size")
+            options: dict[str, Any] = {
+                "device": ranks.device,
+                "fold": fold,
+                **{key: getattr(config, key) for key in keys},
+            }
+            share: dict[str, Any] = {"rank": ranks.rank, "world_size": ranks.world_size}
+            train_loader = EventLoader(store, "train", seed=config.seed, **share, **options)
+            validation_loader = EventLoader(store, "validation", **options)
+            seed_everything(config.seed)
+            model = EventTransformer(sizes)
+            ledger = build_ledger(store, config.id_category_size, fold)
+        if config.data.store not in TABLES:  # an absolute path, so that config.toml continues the run from any folder
+            config = dataclasses.replace(config, data=DataConfig(store=str(Path(config.data.store).absolute())))
+        resumed = ["train", str(run_dir / "config.toml"), "--run-dir", str(run_dir), "--resume", "auto"]
+        trainer = Trainer(
+            model,
+            config,
+            Loaders(train_loader, validation_loader),
+            run_dir=run_dir,
+            ledger=ledger,
+            metadata={"model": dataclasses.asdict(sizes), "run": to_mapping(config), "lineage": origin},
+            resume_command=shlex.join(["eventkern", *resumed]),
+            ranks=ranks,
+        )
+        if checkpoint is not None:
+            trainer.resume(checkpoint, state)
+        with ranks.together():
+            if ranks.is_main:
+                precision = select_precision(config.precision, ranks.device)
+                facts: dict[str, Any] = {"precision": precision, "seed": config.seed, "from_step": trainer.step}
+                record_run(run_dir, to_mapping(config), **facts)
+                where = ranks.device if ranks.is_alone else f"{ranks.world_size} ranks on {ranks.device.type}"
+                steps = f"step {trainer.step} of {trainer.total_steps}"
+                print(f"run {run_dir}: {store.num_events:,} events, {where}, {steps}", flush=True)
+        trainer.fit()
+
+
+def load_run(path: Path) -> dict[str, Any]:
+    """Loads a checkpoint that `eventkern train` wrote, whose metadata tell the model and the run's configuration."""
+    from eventkern.train.checkpoint import CheckpointError, load_checkpoint
+
+    state = load_checkpoint(path)
+    if not {"model", "run", "lineage"} <= state["metadata"].keys():
+        raise CheckpointError(f"{path}: names no model: it is no checkpoint of `eventkern train`; give one that is")
+    return state
+
+
+def model_config(config: RunConfig, store: EventStore) -> EventTransformerConfig:
+    """The model that a configuration means on a store."""
+    from eventkern.models import EventTransformerConfig
+
+    return EventTransformerConfig(
+        category_names=store.schema.category_names,
+        category_sizes=store.sizes(config.id_category_size),
+        num_streams=len(store.schema.streams),
+        src_seq_len=config.src_seq_len,
+        tgt_seq_len=config.tgt_seq_len,
+        dropout=config.dropout,
+        **dataclasses.asdict(config.model),
+    )
+
+
+def fold_of(config: RunConfig) -> Fold | None:
+    """The fold that a configuration means; None: the store's split in time."""
+    from eventkern.data import Fold
+
+    return None if config.folds is None or config.fold is None else Fold(config.fold, config.folds)
+
+
+def build_ledger(store: EventStore, id_category_size: int, fold: Fold | None) -> Ledger:
+    """The ledger with the baselines of a store, or of a fold of its keys."""
+    from eventkern.data.baselines import baselines
+    from eventkern.train import Ledger
+
+    table = baselines(store, id_category_size, fold)
+    note = fold.note(store.schema.key) if fold else None
+    return Ledger(table.names, table.classes, table.marginal, table.first_order, table.floor, note=note)
+
+
+def lineage(store: EventStore, sizes: EventTransformerConfig, fold: Fold | None) -> dict[str, Any]:
+    """What the model's categories and streams mean on a store, and what it trains on, as plain values."""
+    from eventkern.train.lineage import digest
+
+    schema = store.schema
+    categories = {}
+    for category, size, told in zip(schema.categories, sizes.category_sizes, store.info["categories"], strict=True):
+        meaning = [category.kind, category.field, category.unit, told["values"][: size - 2], told.get("edges")]
+        zone = schema.timezone if category.kind == "time" else None
+        categories[category.name] = {"classes": size, "meaning": digest([*meaning, zone])}
+    streams = {stream.name: stream.entity or "all" for stream in schema.streams}
+    held_out = dataclasses.asdict(fold) if fold else None
+    return {"categories": categories, "streams": streams, "key": schema.key, "fold": held_out}
+
+
+def evaluate(command: Evaluate) -> None:
+    """`eventkern evaluate`."""
+    from eventkern.data.loader import EventLoader
+    from eventkern.data.shipped import open_store
+    from eventkern.models import EventTransformer
+    from eventkern.train import evaluation
+    from eventkern.train.checkpoint import load_weights
+    from eventkern.train.config import from_mapping
+    from eventkern.train.device import has_precision, select_device, select_precision
+    from eventkern.train.lineage import refuse_other_lineage
+    from eventkern.train.logging import print_ledger
+
+    is_run = (command.checkpoint / "checkpoints").is_dir()
+    path = command.checkpoint / "checkpoints" / "best" if is_run else command.checkpoint
+    device = select_device(command.device)
+    state = load_run(path)
+    config = from_mapping(RunConfig, state["metadata"]["run"])
+    store = open_store(command.store or config.data.store)
+    sizes = model_config(config, store)
+    fold = fold_of(config)
+    refuse_other_lineage(state["metadata"]["lineage"], lineage(store, sizes, fold), path, store.path)
+    model = EventTransformer(sizes)
+    load_weights(model, state["model"], path)
+    options = {key: getattr(config, key) for key in ("src_seq_len", "tgt_seq_len", "id_category_size")}
+    loader = EventLoader(store, "validation", batch_size=command.batch_size, device=device, fold=fold, **options)
+    wanted = config.precision if has_precision(config.precision, device) else "auto"  # trained on another device
+    precision = select_precision(wanted, device)
+    means = evaluation.evaluate(model.to(device), loader, precision=precision, device=device)
+    ledger = build_ledger(store, config.id_category_size, fold)
+    ledger.update(state["step"], means["loss"].numpy(), means["top1"].numpy())
+    print_ledger(ledger)
+
+
+def info() -> None:
+    """`eventkern info`."""
+    import torch
+
+    from eventkern import _C, hardware, ops
+    from eventkern.train.environment import environment
+
+    for name, value in environment().items():
+        print(f"{name:28}{value}")
+    built = "C++ and CUDA" if _C.has_cuda else "C++ without CUDA: rebuild it where nvcc is found"
+    print(f"{'eventkern._C':28}{built}")
+    kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(["mps"] if torch.mps.is_available() else [])]
+    print(f"\n{'kernels':28}" + "".join(f"{kind:12}" for kind in kinds))
+    data = {"cpu": "C++", "cuda": "CUDA" if _C.has_cuda else "C++ on cpu", "mps": "C++ on cpu"}
+    for op, served in {**ops.implementations(), "permutation": data, "window gather": data}.items():
+        print(f"{op:28}" + "".join(f"{served[kind]:12}" for kind in kinds))
+    print(f"\n{'reach':28}{'copy GB/s':12}{'float32 GFLOP/s':18}bfloat16 GFLOP/s")
+    for kind in kinds:
+        copy = hardware.copy_bandwidth(kind) / 1e9
+        rates = [hardware.gemm_rate(kind, dtype) / 1e9 for dtype in (torch.float32, torch.bfloat16)]
+        print(f"{kind:28}{copy:<12,.1f}{rates[0]:<18,.0f}{rates[1]:,.0f}")
