@@ -14,8 +14,9 @@ from eventkern.data.checksums import file_checksum, sizes_checksum
 from eventkern.data.ingest import TIMESTAMP, Ingested, blocks
 from eventkern.data.report import Watch
 from eventkern.data.schema import DataError, Schema
+from eventkern.data.sections import code_dtype, lay_out
 from eventkern.data.source import Advance
-from eventkern.data.store import FORMAT_VERSION, code_dtype, lay_out
+from eventkern.data.store import FORMAT_VERSION
 from eventkern.data.vocabulary import MISSING_CLASS, Classes, fit_bins, fit_fixed, fit_id
 
 OOV_SIZES = (100, 1000, 4096)

@@ -17,7 +17,6 @@ import ctypes
 import functools
 import json
 import weakref
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,10 +29,10 @@ from eventkern.data.checksums import file_checksum, sizes_checksum
 from eventkern.data.entity_index import EntityIndex, index_fault
 from eventkern.data.folds import Fold, folds_of_keys
 from eventkern.data.schema import DataError, Schema
+from eventkern.data.sections import Section
 
 FORMAT = "eventkern event store"
 FORMAT_VERSION = 1
-PAGE_BYTES = 4096
 BLOCK_ROWS = 1 << 14
 CHECKED_AT_OPEN_BYTES = 1 << 28
 """A store.bin up to this size (256 MiB, a quarter of a second) is read whole when it opens; `verify=True` reads any."""
@@ -41,26 +40,6 @@ CHECKED_AT_OPEN_BYTES = 1 << 28
 Split = Literal["train", "validation"]
 PADDING, MISSING = "(padding)", "(missing)"
 AGAIN = "prepare the store again"
-
-
-@dataclass(frozen=True)
-class Section:
-    """Where an array lies in store.bin."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def num_bytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
-
-    def map(self, file: Path, mode: Literal["r", "r+"] = "r") -> NDArray[Any]:
-        """The section as an array over the file's pages."""
-        if self.num_bytes == 0:  # an empty range cannot be mapped
-            return np.empty(self.shape, self.dtype)
-        return np.memmap(file, self.dtype, mode, self.offset, self.shape)
 
 
 class EventStore:
@@ -371,21 +350,6 @@ class EventStore:
 def floor_key(info: dict[str, Any], id_category_size: int) -> int:
     """Sizes beyond the largest category cut nothing, so they share one floor."""
     return min(id_category_size, max(int(category["size"]) for category in info["categories"]))
-
-
-def code_dtype(sizes: tuple[int, ...]) -> str:
-    """The narrowest dtype of rows that holds every code."""
-    largest = max(sizes) - 1
-    return "uint8" if largest < 2**8 else "uint16" if largest < 2**16 else "int32"
-
-
-def lay_out(arrays: list[tuple[str, str, tuple[int, ...]]]) -> tuple[list[Section], int]:
-    """Page-aligned sections for (name, dtype, shape) in turn, and the bytes that they take."""
-    sections, end = [], 0
-    for name, dtype, shape in arrays:
-        sections.append(Section(name, dtype, shape, -(-end // PAGE_BYTES) * PAGE_BYTES))
-        end = sections[-1].offset + sections[-1].num_bytes
-    return sections, end
 
 
 def _identity(file: Path) -> tuple[int, int, tuple[int, int]]:

@@ -20,7 +20,7 @@ from eventkern.data import entity_index
 from eventkern.data import store as store_module
 from eventkern.data.prepare import prepare
 from eventkern.data.schema import Category, DataError, Schema, Stream
-from eventkern.data.store import EventStore, Split, code_dtype, lay_out
+from eventkern.data.store import EventStore, Split
 
 SPLIT = "1970-01-01T00:05:00"
 SCHEMA = Schema(
@@ -224,22 +224,6 @@ def test_floor(tmp_path: Path) -> None:
         write(tmp_path, list("abab"), [1, 2, 301, 302], floor={3: [1.0]}, overwrite=True)
     store = write(tmp_path, list("abab"), [1, 2, 301, 302], floor=lambda s: {3: s.class_sizes}, overwrite=True)
     assert store.floor(3).tolist() == list(store.class_sizes)
-
-
-def test_sections_are_page_aligned_and_apart() -> None:
-    sections, end = lay_out(
-        [("a", "uint8", (3, 3)), ("b", "int64", (0,)), ("c", "int32", (1025,)), ("d", "uint8", (1,))]
-    )
-    assert [section.offset for section in sections] == [0, 4096, 4096, 12288]
-    assert end == 12289
-
-
-@pytest.mark.parametrize(
-    ("largest", "dtype"),
-    [(256, "uint8"), (257, "uint16"), (1 << 16, "uint16"), ((1 << 16) + 1, "int32"), (2, "uint8")],
-)
-def test_code_dtype_is_the_narrowest_that_holds_all(largest: int, dtype: str) -> None:
-    assert code_dtype((2, largest, 5)) == dtype
 
 
 def edit(store: EventStore, **changes: Any) -> None:
