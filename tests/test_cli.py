@@ -261,7 +261,7 @@ def test_a_fold_trains_and_is_evaluated_on_its_own_keys(here: Path, capsys: pyte
     arguments = ["train", "small.toml", "--run-dir", "folded", "--max-steps", "10", "--folds", "3", "--fold", "1"]
     assert main(arguments) == 0
     told = json.loads((here / "folded/ledger.json").read_text())
-    assert told["note"].startswith("fold 1 of 3 by person, over all time; vocabulary and bins are the store's, fitted")
+    assert told["note"].startswith("fold 1 of 3 by person, over all time; its values of person were no labels")
     found = baselines(EventStore.open("store"), 20, Fold(1, 3))
     assert [category["marginal"] for category in told["categories"]] == found.marginal.tolist()
     capsys.readouterr()

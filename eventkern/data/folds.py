@@ -59,8 +59,8 @@ class Fold:
     def note(self, key: str) -> str:
         """What losses on this fold mean, in one line; `key` names the category of the keys."""
         return (
-            f"{self} by {key}, over all time; vocabulary and bins are the store's, fitted before its split; "
-            "streams of other entities may show held-out keys' events"
+            f"{self} by {key}, over all time; its values of {key} were no labels in training; vocabulary and bins are "
+            "the store's, fitted before its split; streams of other entities may show held-out keys' events"
         )
 
 
