@@ -61,5 +61,6 @@ def _is_of_compiler(error: BaseException) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
+    error = getattr(error, "inner_exception", error)  # what a compiler's backend has raised
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[0].strip()[:200] if lines else type(error).__name__

@@ -178,6 +178,7 @@ PLAYS: dict[str, Callable[[Ranks, Path], None]] = {
 
 def main() -> None:
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", message="`torch.jit.script", category=DeprecationWarning)  # inductor's own use
     # of a Linear on three dimensions, as the heads of TinyModel are, whose result nobody changes in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     torch.set_num_threads(1)

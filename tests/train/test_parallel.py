@@ -114,6 +114,7 @@ def test_a_machine_without_a_compiler_is_told_the_way_out(
     with config.patch({"cpp.cxx": ("no-such-compiler",)}), pytest.raises(RunFailure) as error:
         make_trainer(tiny, tmp_path / "run", tiny.Plain(dropout=0.125), compile="on").fit()
     assert str(error.value).startswith("torch.compile failed; --compile off trains without it (")
+    assert "no-such-compiler" in str(error.value)
     assert "\n" not in str(error.value)
 
 
