@@ -53,7 +53,10 @@ class Parallel:
         for tensor in self.model.state_dict().values():
             broadcast(tensor, src=0)  # as DistributedDataParallel does
         for block in blocks(self.model):
-            if self.is_compiled:
+            is_own = type(block).__module__.startswith(
+                "torch."
+            )  # a lone Linear: dynamo starts no graph in torch's code
+            if self.is_compiled and not is_own:
                 block.compile(fullgraph=True)
             fully_shard(block)
         fully_shard(self.model)
