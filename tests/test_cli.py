@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 import torch
 
-from eventkern import _C, cli
+from eventkern import _C
 from eventkern.cli import RunConfig, load_config, main
+from eventkern.cli.arguments import CONFIGS, DataConfig
 from eventkern.data import EventStore, Fold
 from eventkern.data.baselines import baselines
 from eventkern.train import device
@@ -134,7 +135,7 @@ def test_a_run_folder_holds_everything(made: Path) -> None:
     assert [category["classes"] for category in ledger["categories"]] == [8, 7, 9]
     assert ledger["sum"]["model"] < ledger["sum"]["ln_classes"]
     written, given = load_config(run / "config.toml"), load_config(made / "small.toml")
-    assert written == dataclasses.replace(given, data=cli.DataConfig(store=str(made / "store")))
+    assert written == dataclasses.replace(given, data=DataConfig(store=str(made / "store")))
 
 
 def test_the_rows_of_a_run_tell_its_work(made: Path) -> None:
@@ -453,7 +454,7 @@ def test_the_shipped_configurations_are_those_of_the_notes() -> None:
     assert numbers(load_config("gpu_optimized.json")) == ([200, 300, 1000, 500, 8, 8], [64, 8, 3, 5])
     assert load_config("cpu_baseline").data.store == load_config("gpu_optimized").data.store == "synthetic"
     for name in ("cpu_baseline.json", "gpu_optimized.json"):
-        assert set(json.loads((cli.CONFIGS / name).read_text())) <= {*keys, "model", "data"}
+        assert set(json.loads((CONFIGS / name).read_text())) <= {*keys, "model", "data"}
     flights = load_config("flights")
     assert (flights.src_seq_len, flights.tgt_seq_len, flights.data.store) == (20, 20, "flights")
 

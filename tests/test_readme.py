@@ -34,6 +34,15 @@ def test_every_file_that_it_names_exists():
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
+def test_every_test_that_it_names_exists():
+    named = set(re.findall(r"`(test_\w+)`", README))
+    defined = {
+        name for path in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    assert len(named) >= 6
+    assert named <= defined, named - defined
+
+
 def test_the_schema_in_it_is_one(tmp_path):
     from eventkern.data import Schema
 
