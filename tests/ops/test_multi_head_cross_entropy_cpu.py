@@ -80,7 +80,8 @@ def test_memory_beyond_inputs_and_gradients_is_bounded(is_even, generator):
     gradients_bytes = 2 * 4 * (hidden.numel() + weight.numel())  # those of the forward, and those of the backward
     bound = cpu.TILE_BYTES + 2 * gradients_bytes + (8 << 20)
     assert bound < logits_bytes / 10
-    assert peak_extra_bytes(step, torch.device("cpu")) < bound
+    # The least of three, since the whole process is measured: what the step needs, it needs each time.
+    assert min(peak_extra_bytes(step, torch.device("cpu")) for _ in range(3)) < bound
 
 
 @pytest.mark.parametrize(
