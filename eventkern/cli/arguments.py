@@ -28,6 +28,16 @@ class DataConfig:
 
     store: str = "synthetic"
     """Folder of a store, or flights | synthetic: prepared on first use into a cache folder ($EVENTKERN_CACHE)."""
+    window: int | None = None
+    """Windows of events that are shuffled together, for stores larger than memory; None: all."""
+    prefetch: int = 2
+    """Batches gathered ahead of the trainer; 0: none."""
+    resident: bool = False
+    """Keep the store on the CUDA device and gather there."""
+
+    def __post_init__(self) -> None:
+        require(self, "window", self.window is None or self.window >= 1, "at least 1, or None")
+        require(self, "prefetch", self.prefetch >= 0, "at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,8 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eventkern.cli.arguments import DataConfig, Evaluate, Prepare, RunConfig, Train
-from eventkern.train.config import to_mapping
+from eventkern.cli.arguments import Evaluate, Prepare, RunConfig, Train
+from eventkern.train.config import ConfigError, to_mapping
 
 if TYPE_CHECKING:
     from eventkern.data import EventStore, Fold
@@ -63,6 +63,8 @@ def train_together(command: Train, config: RunConfig, ranks: Ranks) -> None:
                 open_store(config.data.store)  # prepared by one, if at all
         run_dir, checkpoint = ranks.gather(found)[0] or (Path(), None)
         with ranks.together():
+            if config.data.resident and ranks.device.type != "cuda":
+                raise ConfigError(f"data.resident is True, but must be False on device {ranks.device}")
             store = open_store(config.data.store)
             sizes = model_config(config, store)
             fold = fold_of(config)
@@ -71,19 +73,18 @@ def train_together(command: Train, config: RunConfig, ranks: Ranks) -> None:
                 state = load_run(checkpoint)
                 refuse_other_lineage(state["metadata"]["lineage"], origin, checkpoint, store.path)
             keys = ("src_seq_len", "tgt_seq_len", "id_category_size", "batch_size")
-            options: dict[str, Any] = {
-                "device": ranks.device,
-                "fold": fold,
-                **{key: getattr(config, key) for key in keys},
-            }
-            share: dict[str, Any] = {"rank": ranks.rank, "world_size": ranks.world_size}
+            options: dict[str, Any] = {key: getattr(config, key) for key in keys}
+            options |= {"device": ranks.device, "fold": fold}
+            options |= {key: getattr(config.data, key) for key in ("prefetch", "resident")}
+            share: dict[str, Any] = {"rank": ranks.rank, "world_size": ranks.world_size, "window": config.data.window}
             train_loader = EventLoader(store, "train", seed=config.seed, **share, **options)
             validation_loader = EventLoader(store, "validation", **options)
             seed_everything(config.seed)
             model = EventTransformer(sizes)
             ledger = build_ledger(store, config.id_category_size, fold)
         if config.data.store not in TABLES:  # an absolute path, so that config.toml continues the run from any folder
-            config = dataclasses.replace(config, data=DataConfig(store=str(Path(config.data.store).absolute())))
+            absolute = dataclasses.replace(config.data, store=str(Path(config.data.store).absolute()))
+            config = dataclasses.replace(config, data=absolute)
         resumed = ["train", str(run_dir / "config.toml"), "--run-dir", str(run_dir), "--resume", "auto"]
         trainer = Trainer(
             model,

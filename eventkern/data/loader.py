@@ -5,13 +5,17 @@ from contextlib import closing
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from eventkern.data.folds import Fold
 from eventkern.data.prefetch import Placed, gathered, placed
-from eventkern.data.sampler import IndexSampler, SamplerState
+from eventkern.data.sampler import IndexSampler, SamplerState, check_integer
 from eventkern.data.schema import DataError
 from eventkern.data.store import EventStore
 from eventkern.data.windows import EventBatch, WindowGatherer
+
+MAX_LENGTH = (1 << 31) - 2
+"""Of a window: the extension counts its events in 32 bits."""
 
 
 class EventLoader:
@@ -35,7 +39,7 @@ class EventLoader:
         world_size: number of ranks.
         device: where batches arrive.
         resident: keep the store on a CUDA device, where loaders of one store share it, and make indices and batches
-            there on the current stream, with no copy and nothing ahead.
+            there on the current stream, which stays the same in an iteration, with no copy and nothing ahead.
         shuffle: a new order of the windows each epoch; None: of training, while validation is in order.
         window: of the sampler; None: the order is random over the whole split.
         drop_last: leave out a short last batch.
@@ -71,13 +75,8 @@ class EventLoader:
         prefetch: int = 2,
         fold: Fold | None = None,
     ) -> None:
-        for name, value, least in (
-            ("src_seq_len", src_seq_len, 1),
-            ("tgt_seq_len", tgt_seq_len, 1),
-            ("prefetch", prefetch, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{name} is {value}; want at least {least}")
+        src_seq_len = check_integer("src_seq_len", src_seq_len, 1, MAX_LENGTH)
+        tgt_seq_len = check_integer("tgt_seq_len", tgt_seq_len, 1, MAX_LENGTH)
         self.device = torch.device(device)
         if resident and self.device.type != "cuda":
             raise ValueError(f"resident is True on device {self.device}; want a CUDA device")
@@ -88,7 +87,7 @@ class EventLoader:
             raise DataError(f"{store.path}: the {split} period has no event with a successor; move the schema's split")
         self.store = store
         self.num_samples = len(anchors)
-        self.prefetch = prefetch
+        self.prefetch = check_integer("prefetch", prefetch, 0)
         self.sampler = IndexSampler(
             self.num_samples,
             batch_size,
@@ -113,26 +112,27 @@ class EventLoader:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[EventBatch]:
-        with closing(self._placed()) as batches:
-            yield from map(self._consumed, batches)  # no variable here may hold a batch that the consumer dropped
-
-    def _placed(self) -> Generator[Placed]:
         self.store.check_unchanged()
         is_resident = self._gatherer.device.type == "cuda"
-        walk = self.sampler.walk(self.device if is_resident else "cpu")
-        self.sampler.advance(self.sampler.start)  # a loaded position is for this iteration alone
-        if is_resident:
+        walk, consumed = self.sampler.walk(self.device if is_resident else "cpu"), self.sampler.begin()
+
+        def unwrapped(placed: Placed) -> EventBatch:
+            consumed(placed.position)
+            return placed.batch
+
+        with closing(self._placed(walk)) as batches:
+            yield from map(unwrapped, batches)  # no variable here may hold a batch that the consumer dropped
+
+    def _placed(self, walk: Iterator[tuple[Tensor, int]]) -> Generator[Placed]:
+        if self._gatherer.device.type == "cuda":
             for windows, position in walk:
                 yield Placed(self._gatherer(windows), position)
             return
-        batch_size, pinned = self.sampler.batch_size, self.device.type == "cuda"
+        batch_size = min(self.sampler.batch_size, self.num_samples)
+        pinned = self.device.type == "cuda"
         batches = gathered(self._gatherer, walk, batch_size=batch_size, prefetch=self.prefetch, pinned=pinned)
         with closing(batches):
             yield from placed(batches, self._gatherer, self.device)
-
-    def _consumed(self, placed: Placed) -> EventBatch:
-        self.sampler.advance(placed.position)
-        return placed.batch
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch's order."""

@@ -1,5 +1,6 @@
 """Batches gathered ahead by threads of the extension, and copied ahead on a stream of their own."""
 
+import functools
 import os
 import weakref
 from collections import deque
@@ -100,13 +101,19 @@ def gathered(
         pool.close()
 
 
+@functools.cache
+def copy_stream(device_index: int) -> torch.cuda.Stream:
+    """The stream for copies to a device: one for all iterations, since torch keeps freed memory for each stream."""
+    return torch.cuda.Stream(device_index)
+
+
 def copied(batches: Iterator[Gathered], gatherer: WindowGatherer, device: torch.device) -> Iterator[Placed]:
     """Batches on a CUDA device, each copied one batch ahead: the copy runs while the device computes on the one before.
 
     The memory of a batch belongs to the copying stream, which need not wait for the consumer then: the allocator takes
     it back only after the consumer's stream has done what was asked of it when the batch was dropped (record_stream).
     """
-    side = torch.cuda.Stream(device)
+    side = copy_stream(torch.cuda.current_device() if device.index is None else device.index)
     ahead: deque[tuple[Gathered, torch.cuda.Event]] = deque()
 
     def handed_over() -> Placed:

@@ -27,6 +27,8 @@ class EventBatch:
             entity or of all events, left-padded with class 0.
         targets: (B, T + 1, C) int32. The anchor event and the T events of its key after it, right-padded with class 0.
         num_targets: () int64, labels of a category that are not padding (the same for every category).
+
+    The three are views of one block of memory, which each of them keeps.
     """
 
     sources: Tensor
@@ -65,6 +67,7 @@ class WindowGatherer:
         self.device = device
         self.num_windows = len(anchors)
         self._kept: list[Tensor | np.ndarray[Any, Any]] = []
+        self._stream: torch.cuda.Stream | None = None
         schema = store.schema
         num_streams, num_categories = len(schema.streams), len(schema.categories)
         self._sources_shape = (num_streams, src_seq_len, num_categories)
@@ -149,8 +152,13 @@ class WindowGatherer:
         if self.device.type == "cpu":
             self._window_gather.cpu(windows.data_ptr(), batch_size, *outputs)
         else:
-            stream = torch.cuda.current_stream(self.device).cuda_stream
-            self._window_gather.cuda(windows.data_ptr(), batch_size, *outputs, block.device.index, stream)
+            stream = torch.cuda.current_stream(self.device)
+            if stream != self._stream:
+                for kept in self._kept:  # whose memory is not given to others before this stream has read it
+                    if isinstance(kept, Tensor):
+                        kept.record_stream(stream)
+                self._stream = stream
+            self._window_gather.cuda(windows.data_ptr(), batch_size, *outputs, block.device.index, stream.cuda_stream)
         return self.batch(block, batch_size)
 
 

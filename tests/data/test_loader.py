@@ -286,6 +286,16 @@ def test_a_split_without_windows_is_an_error(tmp_path):
         EventLoader(store, "train", **SETTINGS)
 
 
+def test_an_older_iteration_leaves_the_position_of_another_epoch_alone(store):
+    loader = EventLoader(store, "train", **SETTINGS)
+    batches = iter(loader)
+    next(batches)
+    loader.set_epoch(1)
+    before = loader.state_dict()
+    next(batches)
+    assert loader.state_dict() == before
+
+
 def test_a_store_that_changes_is_named_before_the_next_epoch(tmp_path):
     store = store_of(clicks(), tmp_path)
     loader = EventLoader(store, "train", **SETTINGS)

@@ -106,7 +106,7 @@ def test_chunks_begin_with_one_batch_and_grow_to_a_limit(batch_size, largest):
 
 
 @pytest.mark.parametrize("n", [900_000, 10**12, 2**48])
-@pytest.mark.parametrize("window", [None, 1 << 16])
+@pytest.mark.parametrize("window", [None, 1 << 16, 1 << 30, 1 << 47])
 def test_any_n_starts_at_once_anywhere(n, window):
     sampler = IndexSampler(n, 1000, seed=4, window=window)
     sampler.load_state_dict({**sampler.state_dict(), "position": n // 2})
@@ -133,6 +133,15 @@ def test_walking_leaves_the_state_alone_and_tells_positions(world_size, drop_las
     assert sampler.start == 0
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_epoch_whose_last_batch_is_dropped_is_done_under_any_batch_size(world_size):
+    sampler = IndexSampler(29, 4, world_size=world_size, drop_last=True)
+    assert len(list(sampler)) == len(sampler)
+    resumed = IndexSampler(29, 1)
+    resumed.load_state_dict(sampler.state_dict())
+    assert list(resumed) == []
+
+
 def test_what_was_walked_but_not_consumed_comes_again():
     sampler = IndexSampler(100, 8, seed=6)
     drawn = list(sampler.walk())
@@ -141,6 +150,20 @@ def test_what_was_walked_but_not_consumed_comes_again():
     resumed = IndexSampler(100, 8)
     resumed.load_state_dict(sampler.state_dict())
     assert torch.cat(list(resumed)).equal(torch.cat([batch for batch, _ in drawn[4:]]))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda s: s.set_epoch(1), lambda s: s.load_state_dict({**s.state_dict(), "position": 50})]
+)
+def test_an_older_iteration_leaves_a_newer_position_alone(change):
+    sampler = IndexSampler(100, 10, seed=1)
+    batches = iter(sampler)
+    next(batches)
+    change(sampler)
+    before = sampler.state_dict()
+    assert next(batches).equal(permutation(100, seed=1, start=10, stop=20))
+    assert sampler.state_dict() == before
+    assert sampler.start == before["position"]
 
 
 def test_an_epoch_that_is_being_iterated_keeps_its_order():
