@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -75,6 +75,8 @@ class Ranks:
         failed = self.gather(failure is not None)
         if True not in failed:
             return
+        with suppress(RuntimeError):
+            torch.distributed.barrier()  # nobody leaves before all have heard, or they would hear of a lost rank instead
         if failure is not None and failed.index(True) == self.rank:
             raise failure
         raise OtherRankError(f"rank {failed.index(True)} has failed") from failure
