@@ -166,8 +166,8 @@ class IndexSampler(ResumableSampler):
     Indices are tensors, which a dataset that looks up by key may not take: give DataLoader an object whose `__iter__`
     yields `batch.tolist()` of each then (it also spares worker processes a file descriptor for each batch).
 
-    `window` is for stores larger than memory. Blocks of consecutive samples (a 16th of the window, at most 1,024, cut
-    down to a power of two) come in shuffled order, and every run of at most `window` samples of that order is shuffled
+    `window` is for stores larger than memory. Blocks of consecutive samples (a 16th of the window, at most 1,024 or
+    a 65,536th of the window, cut down to a power of two) come in shuffled order, and every run of at most `window` samples of that order is shuffled
     through: a window reads window / block places of the store. The borders of blocks move each epoch. A window below 32
     or of at least n is the full shuffle. The price, on samples whose values follow their order (time, say): the means
     of batches vary about 1 + batch_size * block / window times as much (their variance) as under the full shuffle, and

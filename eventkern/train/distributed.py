@@ -76,7 +76,7 @@ class Ranks:
         if True not in failed:
             return
         with suppress(RuntimeError):
-            torch.distributed.barrier()  # nobody leaves before all have heard, or they would hear of a lost rank instead
+            torch.distributed.barrier()  # nobody leaves before all have heard: they would find a lost rank
         if failure is not None and failed.index(True) == self.rank:
             raise failure
         raise OtherRankError(f"rank {failed.index(True)} has failed") from failure
