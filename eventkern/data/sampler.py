@@ -166,15 +166,16 @@ class IndexSampler(ResumableSampler):
     Indices are tensors, which a dataset that looks up by key may not take: give DataLoader an object whose `__iter__`
     yields `batch.tolist()` of each then (it also spares worker processes a file descriptor for each batch).
 
-    `window` is for stores larger than memory. Blocks of consecutive samples (a 16th of the window, at most 1,024 or
-    a 65,536th of the window, cut down to a power of two) come in shuffled order, and every run of at most `window` samples of that order is shuffled
-    through: a window reads window / block places of the store. The borders of blocks move each epoch. A window below 32
-    or of at least n is the full shuffle. The price, on samples whose values follow their order (time, say): the means
-    of batches vary about 1 + batch_size * block / window times as much (their variance) as under the full shuffle, and
-    neighbours in the order share a batch n / window times as often. At n = 900,000 and batch_size = 1,024, windows of
-    16 Ki, 64 Ki and 256 Ki measure 65, 16 and 5 times the variance, a correlation of successive samples of 0.06, 0.015
-    and 0.004, and, with rows of 34 bytes, touch 152, 593 and 2,034 of the store's 7,471 pages each. A window costs
-    about 20 us of its own, and at most about 1 ms, since blocks grow with large ones: prefer it larger than a batch.
+    `window` is for stores larger than memory. Blocks of consecutive samples (a 16th of the window, at most 1,024 or a
+    65,536th of the window, cut down to a power of two) come in shuffled order, and every run of at most `window`
+    samples of that order is shuffled through: a window reads window / block places of the store. The borders of blocks
+    move each epoch. A window below 32 or of at least n is the full shuffle. The price, on samples whose values follow
+    their order (time, say): the means of batches vary about 1 + batch_size * block / window times as much (their
+    variance) as under the full shuffle, and neighbours in the order share a batch n / window times as often. At n =
+    900,000 and batch_size = 1,024, windows of 16 Ki, 64 Ki and 256 Ki measure 65, 16 and 5 times the variance, a
+    correlation of successive samples of 0.06, 0.015 and 0.004, and, with rows of 34 bytes, touch 152, 593 and 2,034 of
+    the store's 7,471 pages each. A window costs about 20 us of its own, and at most about 1 ms, since blocks grow with
+    large ones: prefer it larger than a batch.
 
     Args:
         num_samples: n, 1 to 2^48.
