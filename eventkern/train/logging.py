@@ -142,8 +142,10 @@ class RunLog:
             tensors[f"weights/{name}"] = parameter.detach().float().cpu()
             if parameter.grad is not None:
                 tensors[f"gradients/{name}"] = parameter.grad.detach().float().cpu()
+        finite = {name: values[values.isfinite()] for name, values in tensors.items()}
+        shown = {name: values for name, values in finite.items() if len(values)}  # none of a step that was skipped
         for board in self._boards:
-            board.write_histograms(step, tensors)
+            board.write_histograms(step, shown)
 
     def _named(self, group: str, values: Sequence[float]) -> dict[str, float]:
         return {f"{group}/{name}": value for name, value in zip(self._names, values, strict=True)}

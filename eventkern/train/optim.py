@@ -16,7 +16,7 @@ from eventkern.train.device import FUSED_DEVICES
 
 PLATEAU_FACTOR = 0.5
 PLATEAU_PATIENCE = 3
-POSITION = ("last_epoch", "_step_count", "base_lrs", "_last_lr")
+POSITION = ("last_epoch", "_step_count", "_last_lr")
 """What each of torch's schedulers holds of its place; the rest of its state is its settings."""
 
 
@@ -38,6 +38,17 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainerConfig) -
     fused = all(parameter.device.type in FUSED_DEVICES for parameter in trained)
     optimizer_class = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
     return optimizer_class(groups, lr=config.lr, fused=fused)
+
+
+def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Takes up an optimizer's saved state; kind and strength of the weight decay stay the configuration's."""
+    kept: list[dict[str, Any]] = [
+        {key: group[key] for key in ("weight_decay", "decoupled_weight_decay") if key in group}
+        for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, kept, strict=True):
+        group.update(own)
 
 
 class Schedule:
@@ -85,16 +96,18 @@ class Schedule:
             self._of_loss.step(loss)
 
     def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"step": {name: getattr(self._of_step, name) for name in POSITION}}
+        state: dict[str, Any] = {"step": {name: getattr(self._of_step, name) for name in (*POSITION, "base_lrs")}}
         return state if self._of_loss is None else {**state, "loss": self._of_loss.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up a saved state, after the optimizer has; lengths and kind of schedule stay the configuration's."""
+        """Takes up a saved state, after the optimizer has; rates, lengths and kind stay the configuration's."""
         for name in POSITION:
             setattr(self._of_step, name, state["step"][name])
-        if self._factor is not None:
-            share = self._factor(self._of_step.last_epoch)
-            for group, base_lr in zip(self._optimizer.param_groups, self._of_step.base_lrs, strict=True):
+        groups, base_lrs = self._optimizer.param_groups, self._of_step.base_lrs
+        for group, base_lr, saved in zip(groups, base_lrs, state["step"]["base_lrs"], strict=True):
+            # What a plateau has halved stays halved.
+            share = group["lr"] / saved if self._factor is None else self._factor(self._of_step.last_epoch)
+            if self._factor is not None or base_lr != saved:  # a product with a quotient might not be bitwise the same
                 group["lr"] = base_lr * share
         if self._of_loss is not None and "loss" in state:
             self._of_loss.load_state_dict(state["loss"])

@@ -48,18 +48,18 @@ class Parallel:
 
     def _shard(self) -> None:
         from torch.distributed import broadcast
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         for tensor in self.model.state_dict().values():
             broadcast(tensor, src=0)  # as DistributedDataParallel does
+        mesh = init_device_mesh(self._ranks.device.type, (self._ranks.world_size,))
         for block in blocks(self.model):
-            is_own = type(block).__module__.startswith(
-                "torch."
-            )  # a lone Linear: dynamo starts no graph in torch's code
-            if self.is_compiled and not is_own:
+            # A lone Linear stays uncompiled: dynamo starts no graph in torch's own code.
+            if self.is_compiled and not type(block).__module__.startswith("torch."):
                 block.compile(fullgraph=True)
-            fully_shard(block)
-        fully_shard(self.model)
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
         register_fsdp_forward_method(self.model, "metrics")
 
     def __call__(self, batch: Any) -> Tensor:

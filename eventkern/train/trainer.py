@@ -32,7 +32,7 @@ from eventkern.train.failures import OtherRankError, explained
 from eventkern.train.ledger import Ledger
 from eventkern.train.logging import RunLog
 from eventkern.train.meter import Meter
-from eventkern.train.optim import EarlyStopping, Schedule, build_optimizer
+from eventkern.train.optim import EarlyStopping, Schedule, build_optimizer, load_moments
 from eventkern.train.parallel import Parallel, compile_clock
 from eventkern.train.protocols import BatchLoader, TrainableModel
 from eventkern.train.run_folder import fresh_folder, locked
@@ -133,13 +133,11 @@ class Trainer:
         self.schedule = Schedule(self.optimizer, config, self.total_steps)
         self.early_stopping = EarlyStopping(config.early_stopping)
         self._optimizer_step = OptimizerStep(self._parallel, self.optimizer, config, self.ranks, self._precision)
-        self.step = 0
-        self.epochs_done = 0
+        self.step = self.epochs_done = 0
         self.best_loss = float("inf")
         self._metadata = dict(metadata or {})
         self._resume_command = resume_command
-        self._resumed = False
-        self._is_save_put_off = False
+        self._resumed = self._is_save_put_off = False
         self._stop = StopRequest()
         self._position: Any = None
         self._meter = Meter(model, self.device, self._precision, self.ranks.world_size)
@@ -167,7 +165,7 @@ class Trainer:
             raise CheckpointError(
                 f"{path}: is of other training data: {error}; give the store it was trained on, or start a fresh run"
             ) from error
-        self.optimizer.load_state_dict(self._parallel.own_moments(self.optimizer, state["optimizer"]))
+        load_moments(self.optimizer, self._parallel.own_moments(self.optimizer, state["optimizer"]))
         self._optimizer_step.load_state_dict(state)
         self.schedule.load_state_dict(state["schedule"])
         self.early_stopping.load_state_dict(state.get("early_stopping", self.early_stopping.state_dict()))
@@ -190,7 +188,7 @@ class Trainer:
 
         Raises:
             ConfigError: another process has the run folder, or nothing may be written there.
-            FloatingPointError: max_skipped_steps in a row were not finite, or the run would have ended among such.
+            FloatingPointError: max_skipped_steps in a row were not finite.
             RunFailure: no memory left, a model that does not compile, or a rank that is gone.
             OtherRankError: as a FloatingPointError, on all ranks but the main one.
         """
@@ -210,15 +208,13 @@ class Trainer:
         return self._result()
 
     def _open_log(self) -> RunLog:
-        settings = {**to_mapping(self.config), **self._metadata}
-        steps = (self.total_steps, self.step)
-        return RunLog(self.run_dir, self.model.head_names, *steps, log=self.config.log, settings=settings)
+        options: Any = {"log": self.config.log, "settings": {**to_mapping(self.config), **self._metadata}}
+        return RunLog(self.run_dir, self.model.head_names, self.total_steps, self.step, **options)
 
     def _run(self) -> None:
         if self._finished():
             key = "early_stopping" if self.early_stopping.is_due else "epochs or max_steps"
-            self._say(f"nothing left to do at step {self.step}: raise {key}")
-            return
+            return self._say(f"nothing left to do at step {self.step}: raise {key}")
         if self.ledger is not None and self.ranks.is_main and not (self.run_dir / LEDGER_FILE).exists():
             self.ledger.save(self.run_dir / LEDGER_FILE)
         self._meter.start()
@@ -293,8 +289,9 @@ class Trainer:
         num_stops, in_a_row = self._optimizer_step.notice.read()
         self._end_among_skipped(in_a_row)
         finished = self._finished()
-        # read once, so that a run that ends has saved its last step
-        ended = finished or (self._stop.is_made if self.ranks.is_alone else num_stops > 0)
+        # Read once, so that a run that ends has saved its last step.
+        is_stopped = self._stop.is_made if self.ranks.is_alone else num_stops > 0
+        ended = finished or is_stopped
         epoch_ended = self.epochs_done > epoch
         evaluate_due = self.step % config.evaluate_every == 0 if config.evaluate_every else epoch_ended
         save_due = config.save_every is not None and self.step % config.save_every == 0
@@ -304,13 +301,15 @@ class Trainer:
         if not (evaluate_due or save_due or ended or self.step % config.log_every == 0):
             return False
         row, losses, in_a_row = self._measure(outcome, epoch)
-        is_healthy = in_a_row == 0
+        self._end_among_skipped(in_a_row)
+        if is_stopped and not finished and in_a_row:  # a stop waits for a step that counts
+            ended = False
+        is_healthy = in_a_row == 0 or finished  # a few skipped steps at the end have left the weights as they were
         validation = self._evaluate() if evaluate_due or finished else None
         if self._log is not None:
             self._log.write(row, losses, validation)
             if validation is not None and config.histograms:
                 self._log.write_histograms(self.step, self.model)
-        self._end_among_skipped(in_a_row, ended)
         is_best = False
         if validation is not None:
             total = math.fsum(validation["loss"])
@@ -347,16 +346,15 @@ class Trainer:
         }
         return row, losses, int(in_a_row)
 
-    def _end_among_skipped(self, in_a_row: int, ended: bool = False) -> None:
-        """Fails where too many steps in a row were skipped, or a run ends among such; all ranks agree on that."""
-        if in_a_row < (1 if ended else self.config.max_skipped_steps):
+    def _end_among_skipped(self, in_a_row: int) -> None:
+        """Fails where too many steps in a row were skipped; all ranks agree on that."""
+        if in_a_row < self.config.max_skipped_steps:
             return
         if not self.ranks.is_main:
             raise OtherRankError("the main rank tells which numbers are not finite")
-        last = self.checkpoints.last
-        kept = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
-        told = f"{self._optimizer_step.guard.story()}; {kept}; lower lr, or find what is wrong with the data"
-        raise FloatingPointError(f"step {self.step}: {in_a_row} steps in a row were skipped; {told}")
+        kept = f"the last checkpoint is {last}" if (last := self.checkpoints.last) else "there is no checkpoint yet"
+        told = f"{in_a_row} steps in a row were skipped; {self._optimizer_step.guard.story()}; {kept}"
+        raise FloatingPointError(f"step {self.step}: {told}; lower lr, or find what is wrong with the data")
 
     def _tell_compilation(self) -> None:
         if seconds := self._compile_clock.take():

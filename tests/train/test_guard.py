@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,11 +162,28 @@ def test_an_evaluation_among_skipped_steps_is_never_the_best(tiny: Any, tmp_path
     assert (best["step"], best["best_loss"]) == (5, 3.0)  # not 4, which has no checkpoint
 
 
-def test_a_run_that_ends_among_skipped_steps_fails(tiny: Any, tmp_path: Path) -> None:
+def test_a_run_that_ends_on_a_skipped_step_is_saved_with_the_weights_before_it(tiny: Any, tmp_path: Path) -> None:
     model = spoil_loss(tiny, lambda call: call == 5)
-    with pytest.raises(FloatingPointError, match="step 5: 1 steps in a row were skipped"):
-        make_trainer(tiny, tmp_path, model, max_steps=5).fit()
-    assert load_checkpoint(tmp_path / "checkpoints/last")["step"] == 4
+    assert make_trainer(tiny, tmp_path / "spoiled", model, max_steps=5).fit().step == 5
+    make_trainer(tiny, tmp_path / "clean", tiny.Model(), max_steps=5, save_every=4, keep_checkpoints=9).fit()
+    spoiled = load_checkpoint(tmp_path / "spoiled/checkpoints/last")
+    clean = load_checkpoint(tmp_path / "clean/checkpoints/step-00000004.pt")
+    assert (spoiled["step"], spoiled["skipped_steps"]) == (5, 1)
+    for name, weight in clean["model"].items():
+        assert torch.equal(spoiled["model"][name], weight)
+
+
+def test_a_stop_on_a_skipped_step_waits_for_one_that_counts(tiny: Any, tmp_path: Path) -> None:
+    stopped = []
+
+    def is_bad(call: int) -> bool:
+        if call == 3:
+            stopped.append(signal.raise_signal(signal.SIGTERM))
+        return call in (3, 4)
+
+    result = make_trainer(tiny, tmp_path, spoil_loss(tiny, is_bad), max_steps=9).fit()
+    assert (result.step, result.interrupted, len(stopped)) == (5, True, 1)
+    assert load_checkpoint(tmp_path / "checkpoints/last")["step"] == 5
 
 
 def judge(guard: Guard, step: int, *, loss: float = 1.0, norm: float = 1.0, scale: float | None = None) -> list[int]:

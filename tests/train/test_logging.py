@@ -93,11 +93,14 @@ def test_histograms_of_weights_and_gradients(tmp_path: Path) -> None:
     model.weight.grad = torch.full((2, 2), -7.0)
     with RunLog(tmp_path, ("kind",), total_steps=100) as log:
         log.write_histograms(10, model)
+        model.weight.grad.fill_(torch.nan)  # of a step that was skipped
+        log.write_histograms(20, model)
     board = EventAccumulator(str(tmp_path)).Reload()
     assert set(board.Tags()["histograms"]) == {"weights/weight", "weights/bias", "gradients/weight"}
     (weights,), (gradients,) = board.Histograms("weights/weight"), board.Histograms("gradients/weight")
-    assert (weights.step, weights.histogram_value.min, weights.histogram_value.max) == (10, 1.0, 5.0)
+    assert (weights.step, weights.histogram_value.min, weights.histogram_value.max) == (20, 1.0, 5.0)
     assert (weights.histogram_value.num, weights.histogram_value.sum) == (4, 11.0)
+    assert gradients.step == 10  # none of the second
     assert (gradients.histogram_value.min, gradients.histogram_value.max) == (-7.0, -7.0)
 
 

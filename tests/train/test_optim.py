@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from eventkern.train import TrainerConfig
-from eventkern.train.optim import Schedule, build_optimizer
+from eventkern.train.optim import Schedule, build_optimizer, load_moments
 
 
 def rates(
@@ -41,7 +41,7 @@ def rates(
             state, optimizer_state = copy.deepcopy((schedule.state_dict(), optimizer.state_dict()))
             optimizer = build_optimizer([nn.Parameter(torch.ones(2, 2))], config)
             schedule = Schedule(optimizer, config, total_steps)
-            optimizer.load_state_dict(optimizer_state)
+            load_moments(optimizer, optimizer_state)
             schedule.load_state_dict(state)
         taken.append(schedule.lr)
         optimizer.step()
@@ -176,9 +176,32 @@ def test_a_saved_schedule_goes_on_bitwise(name: str, warmup: int) -> None:
 def test_a_run_that_goes_on_otherwise_takes_the_rates_that_its_keys_mean(
     name: str, before: str, old_total: int
 ) -> None:
-    """More steps, another warm-up, another schedule."""
-    config, old = config_of(name, lr=0.3, warmup_steps=14), config_of(before, lr=0.3, warmup_steps=2)
+    """More steps, another warm-up, another schedule, another rate."""
+    config, old = config_of(name, lr=0.3, warmup_steps=14), config_of(before, lr=0.7, warmup_steps=2)
     assert rates(config, 30, stop=12, before=(old, old_total))[12:] == rates(config, 30)[12:]
+
+
+def test_a_plateau_that_goes_on_with_another_rate_keeps_its_halvings() -> None:
+    losses = dict.fromkeys(range(1, 31), 1.0)
+    old = rates(TrainerConfig(lr=0.8, schedule="plateau"), 22, losses)
+    new = rates(
+        TrainerConfig(lr=0.2, schedule="plateau"),
+        22,
+        losses,
+        stop=12,
+        before=(TrainerConfig(lr=0.8, schedule="plateau"), 22),
+    )
+    assert old[12] < 0.8
+    assert new == pytest.approx([*old[:12], *(rate / 4 for rate in old[12:])])
+
+
+def test_weight_decay_is_that_of_the_run_that_goes_on() -> None:
+    parameter = nn.Parameter(torch.ones(2, 2))
+    saved = build_optimizer([parameter], TrainerConfig(optimizer="adamw", weight_decay=0.1)).state_dict()
+    optimizer = build_optimizer([parameter], TrainerConfig(optimizer="adam", weight_decay=0.5))
+    load_moments(optimizer, saved)
+    (group,) = optimizer.param_groups
+    assert (group["weight_decay"], group["decoupled_weight_decay"]) == (0.5, False)
 
 
 def test_a_plateau_after_another_schedule_halves_the_rate_it_finds() -> None:
