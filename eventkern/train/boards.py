@@ -28,7 +28,7 @@ class Board(Protocol):
         """Adds the numbers of a step, by name."""
 
     def write_histograms(self, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Adds the distribution of each tensor's elements, by name; tensors are of float32 on the CPU."""
+        """Adds the distribution of each tensor's elements, by name; tensors are flat, of float32 and on the CPU."""
 
     def close(self, *, failed: bool) -> None:
         """Writes what is left; nothing may follow."""

@@ -91,7 +91,7 @@ def test_histograms(tmp_path: Path, wandb: Stub) -> None:
         log.write_histograms(10, model)
     (logged,) = wandb.logged
     assert logged.pop("step") == 10
-    assert [list(values[0]) for values in logged.values()] == model.weight.tolist()
+    assert [list(values) for values in logged.values()] == [model.weight.flatten().tolist()]
     assert logged.keys() == {"weights/weight"}
 
 
