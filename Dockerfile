@@ -22,7 +22,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && groupadd --gid 10001 trainer \
     && useradd --create-home --uid 10001 --gid trainer trainer \
-    && install --directory --owner trainer --group trainer /work /work/runs /cache
+    && install --directory --owner trainer --group trainer /eventkern /eventkern/runs /cache
 COPY --from=build /opt/eventkern /opt/eventkern
 # Stores, and what compilers make, are kept between containers.
 ENV PATH=/opt/eventkern/bin:$PATH \
@@ -31,7 +31,7 @@ ENV PATH=/opt/eventkern/bin:$PATH \
     TORCHINDUCTOR_CACHE_DIR=/cache/inductor \
     PYTHONUNBUFFERED=1
 USER 10001:10001
-WORKDIR /work
-VOLUME ["/work/runs", "/cache"]
+WORKDIR /eventkern
+VOLUME ["/eventkern/runs", "/cache"]
 ENTRYPOINT ["eventkern"]
 CMD ["train", "flights"]

@@ -18,7 +18,7 @@ from benchmarks.loader_peers import INDEX_BATCHES, ROW_BATCHES, as_they_come, da
 from benchmarks.studies import shuffle_data as data
 from benchmarks.studies.shuffle_data import MappedBatches, MappedRows, Parser, Parts
 from benchmarks.studies.shuffle_timing import Contender, Epochs, Pass
-from eventkern.data import EventLoader, EventStore, IndexSampler
+from eventkern.data import EventLoader, EventStore
 
 IN_ORDER, SHUFFLED, WINDOWED = "in order", "shuffled", "windowed"
 BATCH_SIZE = 1024
@@ -82,8 +82,8 @@ def window_pass(store: EventStore, seed: int, *, shuffle: bool) -> Pass:
         id_category_size=data.NUM_IDS + 2,
         batch_size=LOADER_BATCH_SIZE,
         seed=seed,
+        shuffle=shuffle,
     )
-    loader.load_state_dict({**loader.state_dict(), "shuffle": shuffle})
     next_epoch = 0
 
     def epoch() -> Iterator[Tensor]:
@@ -198,15 +198,6 @@ def worker_layer(store: EventStore, files: Parts, seed: int, pass_s: float) -> l
     return contenders
 
 
-def has_window() -> bool:
-    """Whether this IndexSampler shuffles within a window."""
-    try:
-        IndexSampler(2 * WINDOW, BATCH_SIZE, window=WINDOW)
-    except ValueError:
-        return False
-    return True
-
-
 def cold_layer(store: EventStore, seed: int) -> tuple[list[Contender], str]:
     """Our batches from a store that the page cache no longer holds, and how that was verified; nobody where it does."""
     file = store.path / "store.bin"
@@ -228,7 +219,7 @@ def cold_layer(store: EventStore, seed: int) -> tuple[list[Contender], str]:
 
     build = partial(loader_peers.store_batches, store, BATCH_SIZE, seed=seed)
     epochs = {IN_ORDER: build(shuffle=False), SHUFFLED: build(shuffle=True)}
-    if store.num_events > WINDOW and has_window():
+    if store.num_events > WINDOW:
         epochs[WINDOWED] = build(shuffle=True, window=WINDOW)
     n = store.num_events
     # The first rows find less in the cache than the last ones, so a part would not stand for the whole.
