@@ -110,8 +110,12 @@ def copy_weights(model: EventTransformer, plain: PlainEventTransformer) -> None:
     for name in ("source_positions", "target_positions"):
         copied[f"{name}.weight"] = getattr(model, name).table
         state.pop(f"{name}.table", None)
+    for stream in range(config.num_streams):
+        own = model.encoders.stream(stream)
+        copied |= {plain_name(f"encoders.{stream}.{name}"): value for name, value in own.items()}
     for name, value in state.items():
-        copied.setdefault(plain_name(name), value)
+        if not name.startswith("encoders."):
+            copied.setdefault(plain_name(name), value)
     for layer in range(config.decoder_layers):
         for kind in ("weight", "bias"):
             # torch packs query, key and value of an attention in one projection.

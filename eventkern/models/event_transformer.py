@@ -1,11 +1,13 @@
 """The multi-stream event transformer.
 
 Each stream (an entity's recent history) is encoded on its own and leaves one vector, its last; a causal decoder with
-cross-attention to those K vectors predicts all categories of the key's next events under teacher forcing.
+cross-attention to those K vectors predicts all categories of the key's next events under teacher forcing. The encoders
+have one shape and run as one; of their last layer only the last position is computed, since nothing reads the others.
 
 Shapes: B batch, K streams, S source events, T target events, C categories (= H heads), D model width.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -13,7 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from eventkern.nn import CrossAttention, MultiEmbedding, MultiHeadCrossEntropy, SelfAttention
+from eventkern.nn import (
+    CrossAttention,
+    MultiEmbedding,
+    MultiHeadCrossEntropy,
+    SelfAttention,
+    StackedLayerNorm,
+    StackedLinear,
+    StackedSelfAttention,
+)
 
 PADDING_CLASS = 0
 
@@ -91,7 +101,7 @@ def _feed_forward(d_model: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(d_model, 4 * d_model), nn.GELU(), nn.Linear(4 * d_model, d_model))
 
 
-def _run(layer: nn.Module, config: EventTransformerConfig, *inputs: Tensor) -> Tensor:
+def _run(layer: nn.Module, config: EventTransformerConfig, *inputs: Tensor | bool) -> Tensor:
     """A layer's output; in training under `checkpoint_blocks`, the backward makes what lies inside once more."""
     if not (config.checkpoint_blocks and layer.training):
         return layer(*inputs)
@@ -100,34 +110,51 @@ def _run(layer: nn.Module, config: EventTransformerConfig, *inputs: Tensor) -> T
 
 
 class EncoderLayer(nn.Module):
-    """Pre-norm self-attention and feed-forward."""
+    """Pre-norm self-attention and feed-forward of all streams, each with its own weights."""
 
     def __init__(self, config: EventTransformerConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.d_model)
-        self.attention = SelfAttention(config.d_model, config.num_heads)
-        self.feed_forward_norm = nn.LayerNorm(config.d_model)
-        self.feed_forward = _feed_forward(config.d_model)
+        streams, width = config.num_streams, config.d_model
+        self.attention_norm = StackedLayerNorm(streams, width)
+        self.attention = StackedSelfAttention(streams, width, config.num_heads)
+        self.feed_forward_norm = StackedLayerNorm(streams, width)
+        self.feed_forward = nn.Sequential(
+            StackedLinear(streams, width, 4 * width), nn.GELU(), StackedLinear(streams, 4 * width, width)
+        )
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, states_BSD: Tensor) -> Tensor:
-        states_BSD = states_BSD + self.dropout(self.attention(self.attention_norm(states_BSD)))
-        return states_BSD + self.dropout(self.feed_forward(self.feed_forward_norm(states_BSD)))
+    def forward(self, states_KBSD: Tensor, is_last_only: bool = False) -> Tensor:
+        """(K, B, S, D) to the same, or with `is_last_only` to its last position, (K, B, 1, D)."""
+        attended = self.attention(self.attention_norm(states_KBSD), is_last_only=is_last_only)
+        if is_last_only:
+            states_KBSD = states_KBSD[:, :, -1:]
+        states_KBSD = states_KBSD + self.dropout(attended)
+        return states_KBSD + self.dropout(self.feed_forward(self.feed_forward_norm(states_KBSD)))
 
 
-class StreamEncoder(nn.Module):
-    """The encoder of one stream: its events to its last vector."""
+class StreamEncoders(nn.Module):
+    """The encoders of all streams: events to each stream's last vector."""
 
     def __init__(self, config: EventTransformerConfig) -> None:
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
-        self.norm = nn.LayerNorm(config.d_model)
+        self.norm = StackedLayerNorm(config.num_streams, config.d_model)
 
-    def forward(self, states_BSD: Tensor) -> Tensor:
+    def forward(self, states_KBSD: Tensor) -> Tensor:
+        """(K, B, S, D) to (K, B, D)."""
+        last = self.layers[-1]
         for layer in self.layers:
-            states_BSD = _run(layer, self.config, states_BSD)
-        return self.norm(states_BSD[:, -1])
+            states_KBSD = _run(layer, self.config, states_KBSD, layer is last)
+        return self.norm(states_KBSD[:, :, 0])
+
+    def stream(self, index: int) -> dict[str, Tensor]:
+        """The parameters of one stream's encoder by name, as views of those of all."""
+        streams = self.config.num_streams
+        return {
+            name: parameter.unflatten(0, (streams, -1))[index] if parameter.ndim == 1 else parameter[index]
+            for name, parameter in self.named_parameters()
+        }
 
 
 class DecoderLayer(nn.Module):
@@ -187,7 +214,7 @@ class EventTransformer(nn.Module):
         self.embedding = MultiEmbedding(config.category_sizes, config.d_model)
         self.source_positions = Positions(config.src_seq_len, config.d_model, config.positions)
         self.target_positions = Positions(config.tgt_seq_len, config.d_model, config.positions)
-        self.encoders = nn.ModuleList(StreamEncoder(config) for _ in range(config.num_streams))
+        self.encoders = StreamEncoders(config)
         self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
         self.norm = nn.LayerNorm(config.d_model)
         self.heads = MultiHeadCrossEntropy(config.d_model, config.category_sizes, ignore_index=PADDING_CLASS)
@@ -198,7 +225,7 @@ class EventTransformer(nn.Module):
         # N(0, 0.02^2), residual outputs shrunk by the number of residual additions: GPT-2 (Radford et al., 2019).
         additions = 2 * self.config.encoder_layers + 3 * self.config.decoder_layers
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear | StackedLinear):
                 is_residual = name.endswith((".out", ".feed_forward.2"))
                 nn.init.normal_(module.weight, std=0.02 * (additions**-0.5 if is_residual else 1.0))
                 nn.init.zeros_(module.bias)
@@ -209,12 +236,11 @@ class EventTransformer(nn.Module):
         Raises:
             ValueError: another number or length of streams than the configuration's.
         """
-        shape = (self.config.num_streams, self.config.src_seq_len, len(self.head_names))
-        if sources_BKSC.shape[1:] != shape:
-            raise ValueError(f"sources has shape {tuple(sources_BKSC.shape)}; want (B, K, S, C) with K, S, C = {shape}")
-        states_BKSD = self.dropout(self.source_positions(self.embedding(sources_BKSC)))
-        vectors = [encoder(states_BKSD[:, stream]) for stream, encoder in enumerate(self.encoders)]
-        return torch.stack(vectors, dim=1)
+        self._check_sources(sources_BKSC)
+        return self._encode(self.embedding(sources_BKSC.transpose(0, 1)))
+
+    def _encode(self, events_KBSD: Tensor) -> Tensor:
+        return self.encoders(self.dropout(self.source_positions(events_KBSD))).transpose(0, 1)
 
     def decode(self, events_BTC: Tensor, memory_BKD: Tensor) -> Tensor:
         """Events 0..T-1 (B, T, C) and memory (B, K, D) to the states (B, T, D) that predict events 1..T.
@@ -222,23 +248,43 @@ class EventTransformer(nn.Module):
         Raises:
             ValueError: more events than the configuration's tgt_seq_len.
         """
-        most = self.config.tgt_seq_len
-        if events_BTC.shape[1] > most:
-            raise ValueError(f"{events_BTC.shape[1]} events to decode; want at most tgt_seq_len = {most}")
-        states_BTD = self.dropout(self.target_positions(self.embedding(events_BTC)))
+        self._check_events(events_BTC)
+        return self._decode(self.embedding(events_BTC), memory_BKD)
+
+    def _decode(self, events_BTD: Tensor, memory_BKD: Tensor) -> Tensor:
+        states_BTD = self.dropout(self.target_positions(events_BTD))
         for layer in self.decoder:
             states_BTD = _run(layer, self.config, states_BTD, memory_BKD)
         return self.norm(states_BTD)
 
+    def states(self, batch: EventBatchLike) -> Tensor:
+        """The states (B, T, D) that predict a batch's labels: encode and decode, with one lookup for all events."""
+        sources_KBSC, events_BTC = batch.sources.transpose(0, 1), batch.targets[:, :-1]
+        self._check_sources(batch.sources)
+        self._check_events(events_BTC)
+        leading = sources_KBSC.shape[:-1], events_BTC.shape[:-1]
+        vectors = self.embedding(torch.cat([sources_KBSC.flatten(0, -2), events_BTC.flatten(0, -2)]))
+        sources, events = vectors.split([math.prod(shape) for shape in leading])
+        return self._decode(events.unflatten(0, leading[1]), self._encode(sources.unflatten(0, leading[0])))
+
+    def _check_sources(self, sources_BKSC: Tensor) -> None:
+        shape = (self.config.num_streams, self.config.src_seq_len, len(self.head_names))
+        if sources_BKSC.shape[1:] != shape:
+            raise ValueError(f"sources has shape {tuple(sources_BKSC.shape)}; want (B, K, S, C) with K, S, C = {shape}")
+
+    def _check_events(self, events_BTC: Tensor) -> None:
+        most = self.config.tgt_seq_len
+        if events_BTC.shape[1] > most:
+            raise ValueError(f"{events_BTC.shape[1]} events to decode; want at most tgt_seq_len = {most}")
+
     def forward(self, batch: EventBatchLike) -> Tensor:
         """The (H,) float32 losses: per category, the mean in nats over the labels that are not padding."""
-        states_BTD = self.decode(batch.targets[:, :-1], self.encode(batch.sources))
-        return self.heads(states_BTD, batch.targets[:, 1:])
+        return self.heads(self.states(batch), batch.targets[:, 1:])
 
     @torch.no_grad()
     def metrics(self, batch: EventBatchLike) -> dict[str, Tensor]:
         """{"loss": (H,) nats, "top1": (H,) share}, each a mean over the batch's labels that are not padding."""
-        states_BTD = self.decode(batch.targets[:, :-1], self.encode(batch.sources))
+        states_BTD = self.states(batch)
         labels_BTC = batch.targets[:, 1:]
         return {"loss": self.heads(states_BTD, labels_BTC), "top1": self.heads.accuracy(states_BTD, labels_BTC)}
 
@@ -251,8 +297,9 @@ class EventTransformer(nn.Module):
         """Floating-point operations of a forward and a backward, from the shapes alone.
 
         Counted are the products of matrices, a multiply and an add each: linear layers, attention's scores and their
-        weighted sums (causal ones in full), and the heads. The backward has two products for each of the forward; what
-        an implementation recomputes or skips is not counted, nor are lookups, norms and activations.
+        weighted sums (causal ones in full), and the heads; of the last encoder layer what its one position needs. The
+        backward has two products for each of the forward; what an implementation recomputes is not counted, nor are
+        lookups, norms and activations.
 
         Source:
             Chowdhery et al., 2022 (PaLM), appendix B: model FLOPs.
@@ -263,8 +310,9 @@ class EventTransformer(nn.Module):
         sources, targets, vectors = (batch_size * each for each in (streams * source_events, target_events, streams))
         block = 12 * width**2  # an event's multiply-adds: 4 D^2 of self-attention, 8 D^2 of the feed-forward
         encoder = sources * (block + 2 * source_events * width)
+        last_encoder = sources * 2 * width**2 + vectors * (block - 2 * width**2 + 2 * source_events * width)
         decoder = targets * (block + 2 * target_events * width)
         cross_attention = targets * (2 * width**2 + 2 * streams * width) + vectors * 2 * width**2
         heads = targets * width * sum(config.category_sizes)
-        layers = config.encoder_layers * encoder + config.decoder_layers * (decoder + cross_attention)
-        return 3 * 2 * (layers + heads)
+        encoders = (config.encoder_layers - 1) * encoder + last_encoder
+        return 3 * 2 * (encoders + config.decoder_layers * (decoder + cross_attention) + heads)

@@ -1,7 +1,16 @@
 """Modules that own parameters and call the ops."""
 
-from eventkern.nn.attention import CrossAttention, SelfAttention
+from eventkern.nn.attention import CrossAttention, SelfAttention, StackedSelfAttention
 from eventkern.nn.embedding import MultiEmbedding
 from eventkern.nn.heads import MultiHeadCrossEntropy
+from eventkern.nn.stacked import StackedLayerNorm, StackedLinear
 
-__all__ = ["CrossAttention", "MultiEmbedding", "MultiHeadCrossEntropy", "SelfAttention"]
+__all__ = [
+    "CrossAttention",
+    "MultiEmbedding",
+    "MultiHeadCrossEntropy",
+    "SelfAttention",
+    "StackedLayerNorm",
+    "StackedLinear",
+    "StackedSelfAttention",
+]

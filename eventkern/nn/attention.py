@@ -1,10 +1,12 @@
 """Multi-head attention on F.scaled_dot_product_attention, with no mask but the causal flag.
 
-Shapes: B batch, T queries, K keys, D model width, N heads, H = D / N.
+Shapes: B batch, T queries, K keys (or stacked members), D model width, N heads, H = D / N.
 """
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from eventkern.nn.stacked import StackedLinear
 
 
 def _split_heads(states_BTD: Tensor, num_heads: int) -> Tensor:
@@ -38,6 +40,42 @@ class SelfAttention(nn.Module):
         query, key, value = (_split_heads(part, self.num_heads) for part in self.qkv(states_BTD).chunk(3, dim=-1))
         attended_BNTH = F.scaled_dot_product_attention(query, key, value, is_causal=self.is_causal)
         return self.out(attended_BNTH.transpose(1, 2).flatten(-2))
+
+
+class StackedSelfAttention(nn.Module):
+    """K self-attentions at once, member k over entry k of the states.
+
+    Args:
+        num_members: K.
+        d_model: D, a multiple of num_heads.
+        num_heads: N.
+
+    Raises:
+        ValueError: num_heads does not divide d_model.
+
+    Source:
+        Vaswani et al., 2017, section 3.2.
+    """
+
+    def __init__(self, num_members: int, d_model: int, num_heads: int) -> None:
+        super().__init__()
+        _check_heads(d_model, num_heads)
+        self.num_heads = num_heads
+        self.d_model = d_model
+        self.qkv = StackedLinear(num_members, d_model, 3 * d_model)
+        self.out = StackedLinear(num_members, d_model, d_model)
+
+    def forward(self, states_KBTD: Tensor, *, is_last_only: bool = False) -> Tensor:
+        """(K, B, T, D) to the same, or with `is_last_only` to (K, B, 1, D): what the last position attends to."""
+        if is_last_only:
+            query = self.qkv(states_KBTD[:, :, -1:], outputs=slice(self.d_model))
+            key, value = self.qkv(states_KBTD, outputs=slice(self.d_model, None)).chunk(2, dim=-1)
+        else:
+            query, key, value = self.qkv(states_KBTD).chunk(3, dim=-1)
+        leading = query.shape[:2]
+        query, key, value = (_split_heads(part.flatten(0, 1), self.num_heads) for part in (query, key, value))
+        attended_BNTH = F.scaled_dot_product_attention(query, key, value)
+        return self.out(attended_BNTH.transpose(1, 2).flatten(-2).unflatten(0, leading))
 
 
 class CrossAttention(nn.Module):

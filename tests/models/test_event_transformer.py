@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.peers import plain_name
 from eventkern.models import EventTransformer, EventTransformerConfig
 from eventkern.ops import use_reference
 
@@ -88,14 +89,44 @@ def test_every_source_event_of_every_stream_moves_its_own_vector_alone(model, ge
                 assert moved.tolist() == [other == stream for other in range(CONFIG.num_streams)]
 
 
-def test_memory_is_the_normalised_last_state_of_each_stream(model, generator):
-    model, batch = spread_out(model), random_batch(CONFIG, generator)
+def plain_encoder(model: EventTransformer, stream: int) -> nn.TransformerEncoder:
+    """torch's own encoder with the weights of one stream."""
+    config = model.config
+    layer = nn.TransformerEncoderLayer(
+        config.d_model, config.num_heads, 4 * config.d_model, 0.0, "gelu", batch_first=True, norm_first=True
+    )
+    norm = nn.LayerNorm(config.d_model)
+    encoder = nn.TransformerEncoder(layer, config.encoder_layers, norm=norm, enable_nested_tensor=False)
+    own = model.encoders.stream(stream)
+    encoder.load_state_dict({plain_name(f".{name}")[1:]: value.detach() for name, value in own.items()}, strict=True)
+    return encoder
+
+
+@pytest.mark.parametrize("encoder_layers", [1, 2])
+def test_memory_is_the_last_vector_of_each_stream_encoder_of_torch(encoder_layers, generator):
+    config = replace(CONFIG, encoder_layers=encoder_layers)
+    model, batch = spread_out(EventTransformer(config)), random_batch(config, generator)
     states = model.source_positions(model.embedding(batch.sources))
-    for stream, encoder in enumerate(model.encoders):
-        own = states[:, stream]
-        for layer in encoder.layers:
-            own = layer(own)
-        torch.testing.assert_close(model.encode(batch.sources)[:, stream], encoder.norm(own)[:, -1])
+    memory = model.encode(batch.sources)
+    for stream in range(config.num_streams):
+        own = plain_encoder(model, stream)(states[:, stream])[:, -1]
+        torch.testing.assert_close(memory[:, stream], own, rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_is_encoded_and_decoded_as_its_parts_are(model, generator):
+    model, batch = spread_out(model), random_batch(CONFIG, generator)
+    parts = model.decode(batch.targets[:, :-1], model.encode(batch.sources))
+    torch.testing.assert_close(model.states(batch), parts, rtol=1e-5, atol=1e-5)
+
+
+def test_a_stream_is_addressed_by_views_of_its_parameters(model):
+    for stream in range(CONFIG.num_streams):
+        with torch.no_grad():
+            for value in model.encoders.stream(stream).values():
+                value.fill_(stream)
+    for name, parameter in model.encoders.named_parameters():
+        members = parameter.detach().view(CONFIG.num_streams, -1)
+        assert members.unique(dim=1).flatten().tolist() == [0.0, 1.0, 2.0], name
 
 
 def test_a_batch_of_another_shape_is_named(model, generator):
@@ -229,14 +260,18 @@ def test_checkpointed_blocks_keep_their_inputs_alone(dropout, generator):
     plain, checkpointed = (EventTransformer(replace(config, checkpoint_blocks=each)) for each in (False, True))
     # A layer keeps, in float32 numbers a row: the inputs of 2 norms (2 D) with their mean and deviation, of queries,
     # keys and values (D) and these (3 D), the attended (D) and a log-sum-exp a head, the inputs of the feed-forward's
-    # linear layers (D, 4 D) and of GELU (4 D): 16 D, of which checkpointing keeps the layer's input. Cross-attention
-    # adds a norm's input, the query's input, the query and the attended (4 D); every dropout a mask (D).
+    # linear layers (D, 4 D) and of GELU (4 D): 16 D, of which checkpointing keeps the layer's input. Stacked norms keep
+    # what they scale too (2 D). The last encoder layer keeps of all rows a norm's output and what it scales, keys and
+    # values (4 D), and of the last position all but those and the layer's input (13 D). Cross-attention adds a norm's
+    # input, the query's input, the query and the attended (4 D); every dropout a mask (D).
     width, heads, masks = config.d_model, config.num_heads, config.d_model if dropout else 0
-    encoder = 4 * (15 * width + heads + 4 + 2 * masks)
+    encoder = 4 * (17 * width + heads + 4 + 2 * masks)
+    last_encoder, last_position = 4 * (4 * width + 2), 4 * (13 * width + heads + 2 + 2 * masks)
     decoder = 4 * (19 * width + 2 * heads + 6 + 3 * masks)
     source_rows, target_rows = 4 * config.num_streams * config.src_seq_len, 4 * config.tgt_seq_len
     keys_and_values = 4 * 2 * width * 4 * config.num_streams  # of the memory
-    saving = config.encoder_layers * source_rows * encoder
+    saving = (config.encoder_layers - 1) * source_rows * encoder
+    saving += source_rows * last_encoder + 4 * config.num_streams * last_position
     saving += config.decoder_layers * (target_rows * decoder + keys_and_values)
     whole = saved_bytes(plain, batch)
     assert whole - saved_bytes(checkpointed, batch) == pytest.approx(saving, rel=0.01)

@@ -149,8 +149,7 @@ def test_blocks_are_the_layers_of_encoders_and_decoder() -> None:
     )
     model = EventTransformer(config)
     names = {id(module): name for name, module in model.named_modules()}
-    wanted = [f"encoders.{stream}.layers.{layer}" for stream in range(2) for layer in range(2)]
-    wanted += [f"decoder.{layer}" for layer in range(3)]
+    wanted = [*(f"encoders.layers.{layer}" for layer in range(2)), *(f"decoder.{layer}" for layer in range(3))]
     assert [names[id(block)] for block in blocks(model)] == wanted
 
 
