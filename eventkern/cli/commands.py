@@ -48,7 +48,7 @@ def train_together(command: Train, config: RunConfig, ranks: Ranks) -> None:
     from eventkern.data.shipped import TABLES, open_store
     from eventkern.models import EventTransformer
     from eventkern.train import Loaders, Trainer
-    from eventkern.train.device import keep_freed_memory, seed_everything, select_precision
+    from eventkern.train.device import compiles, keep_freed_memory, seed_everything, select_precision
     from eventkern.train.environment import record_run
     from eventkern.train.lineage import refuse_other_lineage
     from eventkern.train.run_folder import find_run, locked
@@ -77,6 +77,7 @@ def train_together(command: Train, config: RunConfig, ranks: Ranks) -> None:
             options |= {"device": ranks.device, "fold": fold}
             options |= {key: getattr(config.data, key) for key in ("prefetch", "resident")}
             share: dict[str, Any] = {"rank": ranks.rank, "world_size": ranks.world_size, "window": config.data.window}
+            share["pad_last"] = compiles(config.compile, ranks.device)
             train_loader = EventLoader(store, "train", seed=config.seed, **share, **options)
             validation_loader = EventLoader(store, "validation", **options)
             seed_everything(config.seed)

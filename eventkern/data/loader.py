@@ -43,6 +43,8 @@ class EventLoader:
         shuffle: a new order of the windows each epoch; None: of training, while validation is in order.
         window: of the sampler; None: the order is random over the whole split.
         drop_last: leave out a short last batch.
+        pad_last: fill a short last batch with rows of padding, whose labels do not count: a compiled model then meets
+            one shape alone.
         prefetch: batches gathered ahead of the consumer; 0: each is gathered when asked for, in the consumer's thread.
         fold: keys that validate over all time while the others train; None: the store's split decides by time.
 
@@ -72,6 +74,7 @@ class EventLoader:
         shuffle: bool | None = None,
         window: int | None = None,
         drop_last: bool = False,
+        pad_last: bool = False,
         prefetch: int = 2,
         fold: Fold | None = None,
     ) -> None:
@@ -87,6 +90,7 @@ class EventLoader:
             raise DataError(f"{store.path}: the {split} period has no event with a successor; move the schema's split")
         self.store = store
         self.num_samples = len(anchors)
+        self.pad_last = pad_last
         self.prefetch = check_integer("prefetch", prefetch, 0)
         self.sampler = IndexSampler(
             self.num_samples,
@@ -118,7 +122,7 @@ class EventLoader:
 
         def unwrapped(placed: Placed) -> EventBatch:
             consumed(placed.position)
-            return placed.batch
+            return placed.batch.padded(self.sampler.batch_size) if self.pad_last else placed.batch
 
         with closing(self._placed(walk)) as batches:
             yield from map(unwrapped, batches)  # no variable here may hold a batch that the consumer dropped

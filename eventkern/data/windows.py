@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from eventkern import _C
@@ -28,12 +29,22 @@ class EventBatch:
         targets: (B, T + 1, C) int32. The anchor event and the T events of its key after it, right-padded with class 0.
         num_targets: () int64, labels of a category that are not padding (the same for every category).
 
-    The three are views of one block of memory, which each of them keeps.
+    From a loader the three are views of one block of memory, which each of them keeps.
     """
 
     sources: Tensor
     targets: Tensor
     num_targets: Tensor
+
+    def padded(self, batch_size: int) -> "EventBatch":
+        """This batch with rows of padding up to `batch_size`, whose labels do not count."""
+        missing = batch_size - len(self.sources)
+        if missing <= 0:
+            return self
+        sources, targets = (
+            F.pad(part, (0, 0) * (part.ndim - 1) + (0, missing)) for part in (self.sources, self.targets)
+        )
+        return EventBatch(sources, targets, self.num_targets)
 
 
 class WindowGatherer:

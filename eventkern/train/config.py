@@ -56,8 +56,8 @@ class TrainerConfig:
     precision: Literal["fp32", "tf32", "bf16", "fp16", "auto"] = "auto"
     """Weights are float32 always. tf32: CUDA's matrix products of float32 with fewer bits; bf16 and fp16: autocast,
     fp16 with a loss scale; auto: bf16 on a CUDA device that has it, else fp32."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the model; auto: on for CUDA, off elsewhere."""
+    compile: Literal["auto", "on", "reduce-overhead", "off"] = "auto"
+    """torch.compile of the model, with reduce-overhead as CUDA graphs; auto: on for CUDA, off elsewhere."""
     sharding: Literal["none", "fully_shard"] = "none"
     """Under torchrun: every rank holds the whole model (DistributedDataParallel), or a share of it (fully_shard)."""
     max_skipped_steps: int = 10

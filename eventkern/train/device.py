@@ -72,6 +72,11 @@ def has_precision(name: str, device: torch.device) -> bool:
     return name != "fp16" or device.type in FUSED_DEVICES
 
 
+def compiles(compile_key: str, device: torch.device) -> bool:
+    """Whether a run with this key `compile` compiles its model on a device."""
+    return compile_key in ("on", "reduce-overhead") or (compile_key == "auto" and device.type == "cuda")
+
+
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """Autocast to bf16 or fp16 over float32 weights, or nothing for fp32 and tf32."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eventkern.train.config import ConfigError, TrainerConfig
+from eventkern.train.device import compiles
 from eventkern.train.distributed import Ranks
 
 
@@ -19,28 +21,33 @@ class Parallel:
     Args:
         model: on the device of `ranks`; `fully_shard` turns its parameters into shards, in place.
         ranks: a process that is alone calls the model itself.
-        sharding: "none": every rank holds the model, under DistributedDataParallel; "fully_shard": every rank holds a
-            share of each block, by torch's function of that name, and gathers a block when it computes it. Blocks are
-            the members of the model's module lists that have no such list inside; the rest is one more.
-        is_compiled: the forward is compiled as one graph; that of each block where it is sharded, since the gathering
-            of blocks is no part of a graph.
+        config: its keys sharding and compile. With sharding "none" every rank holds the model, under
+            DistributedDataParallel; with "fully_shard" it holds a share of each block, by torch's function of that
+            name, and gathers a block when it computes it. Blocks are the members of the model's module lists that have
+            no such list inside; the rest is one more. What is compiled is the forward as one graph, or each block where
+            it is sharded, since the gathering of blocks is no part of a graph; "reduce-overhead" replays forward and
+            backward as CUDA graphs, at one launch each.
 
     Attributes:
+        is_compiled: whether it is.
+        has_graphs: whether forward and backward are CUDA graphs.
         is_cold: the first call will not be like those after it: it compiles, or finds out the order of gradients.
     """
 
-    def __init__(self, model: Any, ranks: Ranks, *, sharding: str = "none", is_compiled: bool = False) -> None:
+    def __init__(self, model: Any, ranks: Ranks, config: TrainerConfig) -> None:
         self.model = model
-        self.is_compiled = is_compiled
-        self.is_sharded = sharding == "fully_shard" and not ranks.is_alone
-        self.is_cold = is_compiled or not ranks.is_alone
+        self.is_compiled = compiles(config.compile, ranks.device)
+        self.has_graphs = config.compile == "reduce-overhead"
+        self.is_sharded = config.sharding == "fully_shard" and not ranks.is_alone
+        self.is_cold = self.is_compiled or not ranks.is_alone
         self._ranks = ranks
         self._forward: Any = model
         if self.is_sharded:
             self._shard()
             return
-        if is_compiled:
-            self._forward = torch.compile(model, fullgraph=True)
+        if self.is_compiled:
+            mode = "reduce-overhead" if self.has_graphs else None
+            self._forward = torch.compile(model, fullgraph=True, mode=mode)
         if not ranks.is_alone:
             from torch.nn.parallel import DistributedDataParallel
 
@@ -63,6 +70,8 @@ class Parallel:
         register_fsdp_forward_method(self.model, "metrics")
 
     def __call__(self, batch: Any) -> Tensor:
+        if self.has_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         return self._forward(batch)
 
     @contextmanager
@@ -105,6 +114,13 @@ class Parallel:
             for number, of_parameter in state["state"].items()
         }
         return {**state, "state": moments}
+
+
+def refuse_graphs(config: TrainerConfig, ranks: Ranks) -> None:
+    """Raises a ConfigError where a configuration wants CUDA graphs without CUDA, or among ranks."""
+    if config.compile == "reduce-overhead" and not (ranks.device.type == "cuda" and ranks.is_alone):
+        where = f"{ranks.world_size} rank{'s' * (ranks.world_size > 1)} on {ranks.device.type}"
+        raise ConfigError(f"compile is 'reduce-overhead', but must be on or off for {where}")
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

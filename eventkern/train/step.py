@@ -60,6 +60,8 @@ class OptimizerStep:
         self._is_fused = getattr(optimizer, "_step_supports_amp_scaling", False)
         self._clip = config.clip
         self._keeps_gradients = config.histograms  # which show them at an evaluation
+        # A CUDA graph's outputs live until its next replay: gradients that add up over replays are no outputs of it.
+        self._owns_gradients = parallel.has_graphs and config.grad_accum > 1
         self._ranks = ranks
         self._device = ranks.device
         self._precision = precision
@@ -82,11 +84,12 @@ class OptimizerStep:
         synchronised first.
         """
         generators = random_state()
+        self._clear_gradients()
         buffers = [(buffer, buffer.clone()) for buffer in self._parallel.model.buffers()]
         for _ in range(1 if self._ranks.is_alone else 2):  # a static graph is laid out anew after the second
             with self._parallel.synchronising(True):
                 self._forward(batch, torch.ones((), device=self._device))
-        self._optimizer.zero_grad(set_to_none=True)
+        self._clear_gradients()
         for buffer, before in buffers:
             buffer.copy_(before)
         set_random_state(generators)
@@ -101,7 +104,7 @@ class OptimizerStep:
         # times world_size, since gradients become the mean over ranks
         weights = counts * self._ranks.world_size / num_targets.clamp(min=1)
         losses = torch.zeros(self._num_losses, device=self._device)
-        self._optimizer.zero_grad(set_to_none=True)
+        self._clear_gradients()
         for position, batch in enumerate(batches):
             with self._parallel.synchronising(position == len(batches) - 1):
                 losses += self._forward(batch, weights[position])
@@ -109,7 +112,7 @@ class OptimizerStep:
         with marked("optimizer"):
             grad_norm = self._update(number, losses)
             if not self._keeps_gradients:
-                self._optimizer.zero_grad(set_to_none=True)
+                self._clear_gradients()
         return Outcome(losses, grad_norm, num_targets)
 
     def state_dict(self) -> dict[str, Any]:
@@ -121,6 +124,12 @@ class OptimizerStep:
         if self.scaler.is_enabled() and state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])
         self.guard.skipped.fill_(state.get("skipped_steps", 0))
+
+    def _clear_gradients(self) -> None:
+        if self._owns_gradients:
+            for parameter in self._parameters:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        self._optimizer.zero_grad(set_to_none=not self._owns_gradients)
 
     def _forward(self, batch: Any, weight: Tensor) -> Tensor:
         """Forward and backward of a micro-batch; returns its weighted losses."""

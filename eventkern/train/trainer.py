@@ -33,7 +33,7 @@ from eventkern.train.ledger import Ledger
 from eventkern.train.logging import RunLog
 from eventkern.train.meter import Meter
 from eventkern.train.optim import EarlyStopping, Schedule, build_optimizer, load_moments
-from eventkern.train.parallel import Parallel, compile_clock
+from eventkern.train.parallel import Parallel, compile_clock, refuse_graphs
 from eventkern.train.protocols import BatchLoader, TrainableModel
 from eventkern.train.run_folder import fresh_folder, locked
 from eventkern.train.step import OptimizerStep, Outcome, marked
@@ -110,10 +110,10 @@ class Trainer:
                 raise ConfigError("the training loader has no batch: more data or a smaller batch_size is needed")
             self._precision = select_precision(config.precision, self.device)
             require_board(config.log)
+            refuse_graphs(config, self.ranks)
         self.model = model
         model.to(self.device)  # type: ignore[attr-defined]  # overloaded in nn.Module, so no protocol matches it
-        is_compiled = config.compile == "on" or (config.compile == "auto" and self.device.type == "cuda")
-        self._parallel = Parallel(model, self.ranks, sharding=config.sharding, is_compiled=is_compiled)
+        self._parallel = Parallel(model, self.ranks, config)
         if config.histograms and self._parallel.is_sharded:
             raise ConfigError(
                 "histograms is True, but must be False with sharding 'fully_shard': gradients are in parts"

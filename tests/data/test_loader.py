@@ -317,3 +317,24 @@ def test_the_resident_gather_equals_the_cpu(store, split):
             assert batch.sources.cpu().equal(expected.sources)
             assert batch.targets.cpu().equal(expected.targets)
             assert batch.num_targets.item() == expected.num_targets.item()
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_short_last_batch_is_filled_with_padding_that_does_not_count(store, split):
+    options = {**SETTINGS, "shuffle": True}
+    plain, filled = (list(EventLoader(store, split, **options, pad_last=each)) for each in (False, True))
+    short = len(plain[-1].sources)
+    assert 0 < short < SETTINGS["batch_size"], "the last batch must be short for this to show anything"
+    for one, other in zip(plain[:-1], filled[:-1], strict=True):
+        assert one.sources.equal(other.sources)
+        assert one.targets.equal(other.targets)
+    last = filled[-1]
+    assert (
+        {len(batch.sources) for batch in filled} == {len(batch.targets) for batch in filled} == {options["batch_size"]}
+    )
+    assert last.sources[:short].equal(plain[-1].sources)
+    assert last.targets[:short].equal(plain[-1].targets)
+    assert last.num_targets == plain[-1].num_targets
+    assert not last.sources[short:].any()
+    assert not last.targets[short:].any()
+    assert last.sources.dtype == last.targets.dtype == torch.int32

@@ -43,7 +43,7 @@ class Outer(TrainerConfig):
         ("restart_multiplier", 2, "1 unless schedule is cosine_restarts"),
         ("optimizer", "sgd", "adam | adamw"),
         ("precision", "fp8", "fp32 | tf32 | bf16 | fp16 | auto"),
-        ("compile", "yes", "auto | on | off"),
+        ("compile", "yes", "auto | on | reduce-overhead | off"),
         ("sharding", "zero3", "none | fully_shard"),
         ("max_skipped_steps", 0, "at least 1"),
     ],

@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+from eventkern.data.loader import EventBatch
 from eventkern.models import EventTransformer, EventTransformerConfig
 from eventkern.train import Loaders, Trainer, TrainerConfig
 from eventkern.train.checkpoint import load_checkpoint
+from eventkern.train.config import ConfigError
 from eventkern.train.failures import RunFailure
 from eventkern.train.meter import Meter
 from eventkern.train.parallel import blocks
@@ -155,8 +157,6 @@ def test_blocks_are_the_layers_of_encoders_and_decoder() -> None:
 
 @pytest.mark.usefixtures("without_inductor")
 def test_the_event_transformer_is_one_graph(tmp_path: Path) -> None:
-    from eventkern.data.loader import EventBatch
-
     config = EventTransformerConfig(("a", "b"), (5, 7), 2, 4, 3, d_model=8, num_heads=2, dropout=0.1)
     model = EventTransformer(config)
     compiled = torch.compile(model, fullgraph=True)
@@ -170,3 +170,44 @@ def test_the_event_transformer_is_one_graph(tmp_path: Path) -> None:
             torch.manual_seed(0)
             losses.append(forward(batch))
         torch.testing.assert_close(losses[1], losses[0])
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_a_filled_last_batch_compiles_nothing_and_has_the_losses_of_the_short_one() -> None:
+    config = EventTransformerConfig(("a", "b"), (5, 7), 2, 4, 3, d_model=8, num_heads=2)
+    model = EventTransformer(config)
+    compiled = torch.compile(model, fullgraph=True)
+    generator = torch.Generator().manual_seed(0)
+    sources = torch.randint(1, 5, (6, 2, 4, 2), generator=generator, dtype=torch.int32)
+    targets = torch.randint(1, 5, (6, 4, 2), generator=generator, dtype=torch.int32)
+    counters = torch._dynamo.utils.counters["stats"]
+    counters.clear()
+    for size in (6, 2, 6, 5):
+        short = EventBatch(sources[:size], targets[:size], torch.tensor(3 * size))
+        gradients = []
+        for forward, batch in ((model, short), (compiled, short.padded(6))):
+            model.zero_grad()
+            losses = forward(batch)
+            losses.sum().backward()
+            gradients.append([losses.detach(), *(parameter.grad for parameter in model.parameters())])
+        torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-6)
+    assert counters["unique_graphs"] == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("grad_accum", [1, 2])
+def test_graphs_have_the_weights_of_eager_steps_on_a_gpu(grad_accum: int, tiny: Any, tmp_path: Path) -> None:
+    weights = []
+    for compiled in ("off", "reduce-overhead"):
+        config = TrainerConfig(**{**BASE, "device": "cuda", "compile": compiled, "grad_accum": grad_accum})
+        loaders = [tiny.Loader(6, device="cuda"), tiny.Loader(4, num_samples=9, seed=1, device="cuda")]
+        model = tiny.Plain()
+        Trainer(model, config, (loaders[0], loaders[1]), run_dir=tmp_path / compiled).fit()
+        weights.append({name: weight.cpu() for name, weight in model.state_dict().items()})
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=0, atol=1e-5, msg=name)
+
+
+def test_graphs_want_one_process_on_cuda(tiny: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="compile is 'reduce-overhead', but must be on or off for 1 rank on cpu"):
+        make_trainer(tiny, tmp_path, tiny.Plain(), compile="reduce-overhead")
