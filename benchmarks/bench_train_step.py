@@ -24,6 +24,8 @@ def test_train_step(device_name: str, config: str, precision: str, compare: Comp
     torch.manual_seed(0)
     model = EventTransformer(shapes.model).to(device)
     steps = {"eventkern": TrainingStep(copy.deepcopy(model), dtype)}
+    if has_slow_starters:
+        steps["eventkern compiled"] = TrainingStep(compiled(copy.deepcopy(model), device), dtype)
     for peer in EVENT_TRANSFORMER:
         if has_slow_starters or not peer.is_slow_to_start:
             steps[peer.name] = TrainingStep(peer.build(model), dtype)
@@ -34,6 +36,12 @@ def test_train_step(device_name: str, config: str, precision: str, compare: Comp
     for losses in first.values():
         torch.testing.assert_close(losses, first["eventkern"], rtol=tolerance, atol=0.0)
 
-    contenders = [Contender(name, partial(step, batch), name == "eventkern") for name, step in steps.items()]
-    work = step_work(shapes, model, batch)
+    contenders = [Contender(name, partial(step, batch), name.startswith("eventkern")) for name, step in steps.items()]
+    work = step_work(model, batch)
     compare(f"{config} {precision} {device_name}", contenders, work, device=device, dtype=dtype)
+
+
+def compiled(model: EventTransformer, device: torch.device) -> EventTransformer:
+    """As the trainer compiles it; on CUDA as graphs."""
+    model.compile(fullgraph=True, mode="reduce-overhead" if device.type == "cuda" else None)
+    return model

@@ -1,9 +1,9 @@
 """How contenders are timed, and the table at the end of a run.
 
 pytest-benchmark times each test on its own, minutes apart, and a machine that warms up or is shared drifts meanwhile.
-So one benchmark here is one case with all its contenders: pytest-benchmark drives ours, and before each of its rounds
-the peers run once each. They take turns (A B C A B C ...), drift meets all alike, and ratios are taken round by round.
-An untimed call goes before each timed one, so that nobody finds the caches as another contender left them (the table of
+So one benchmark here is one case with all its contenders: pytest-benchmark drives (the first of) ours, and before each
+of its rounds the others run once each. They take turns (A B C A B C ...), drift meets all alike, and ratios are taken
+round by round. An untimed call goes before each timed one, so that nobody finds the caches as another contender left them (the table of
 pytest-benchmark itself counts both of ours).
 """
 
@@ -74,8 +74,8 @@ def compare(request: pytest.FixtureRequest, benchmark: BenchmarkFixture, is_full
         if str(device) not in config.stash[ENVIRONMENTS]:
             config.stash[ENVIRONMENTS][str(device)] = environment(device)
             config.stash[CEILINGS][str(device)] = Ceilings(device)
-        (ours,) = (contender for contender in contenders if contender.is_ours)
-        peers = [contender for contender in contenders if contender is not ours]
+        ours = next(contender for contender in contenders if contender.is_ours)
+        others = [contender for contender in contenders if contender is not ours]
         for contender in contenders:
             contender.run()
             contender.peak_bytes = measure.peak_extra_bytes(contender.run, device)
@@ -86,15 +86,15 @@ def compare(request: pytest.FixtureRequest, benchmark: BenchmarkFixture, is_full
         round_s = time.perf_counter() - start_s
         budget_s = 10.0 if is_full else 4.0
         num_rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, round(budget_s / round_s)))
-        turns = measure.rotations(peers)
+        turns = measure.rotations(others)
 
-        def let_peers_run() -> None:
-            for peer in next(turns):
-                peer.time_once(device)
+        def let_others_run() -> None:
+            for other in next(turns):
+                other.time_once(device)
 
         benchmark.group = f"{subject}: {case}"
         run_rounds: Callable[..., object] = benchmark.pedantic
-        run_rounds(ours.time_once, args=(device,), setup=let_peers_run, rounds=num_rounds)
+        run_rounds(ours.time_once, args=(device,), setup=let_others_run, rounds=num_rounds)
         if benchmark.disabled:
             return
         table = measure.rows(contenders, work, config.stash[CEILINGS][str(device)], dtype)

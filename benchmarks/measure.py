@@ -106,12 +106,12 @@ def status_bytes(name: str) -> float:
     return 1024.0 * int(line.split()[1])
 
 
-def rotations(peers: list[Contender]) -> Iterator[list[Contender]]:
-    """The peers again and again, each time another one first: no peer always runs in another's wake."""
+def rotations(contenders: list[Contender]) -> Iterator[list[Contender]]:
+    """The contenders again and again, each time another one first: none always runs in another's wake."""
     first = 0
     while True:
-        yield peers[first:] + peers[:first]
-        first = (first + 1) % max(1, len(peers))
+        yield contenders[first:] + contenders[:first]
+        first = (first + 1) % max(1, len(contenders))
 
 
 def rows(contenders: list[Contender], work: Work, ceilings: Ceilings, dtype: torch.dtype) -> list[Row]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import eventkern
 from eventkern.data import Schema
-from eventkern.models import EventTransformerConfig
+from eventkern.models import EventTransformer, EventTransformerConfig
 from eventkern.models.event_transformer import EventBatchLike
 from profiling.roofline import Work
 
@@ -115,35 +115,18 @@ class TrainingStep:
         return losses.detach()
 
 
-def forward_operations(shapes: Shapes, *, skips_unread: bool = True) -> float:
-    """Floating-point operations of a forward pass's matrix products, two for each multiply-add.
-
-    skips_unread leaves out what nothing reads (all but the last query of the last encoder layer, and what the causal
-    mask hides): the least that computes the function. Without it, what the plain model executes.
-    """
-    model, batch, width = shapes.model, shapes.batch_size, shapes.model.d_model
-    streams, sources, targets = model.num_streams, model.src_seq_len, model.tgt_seq_len
-    source_rows, target_rows = batch * streams * sources, batch * targets
-    feed_forward = 16 * width**2
-
-    encoder_layer = source_rows * (8 * width**2 + 4 * sources * width + feed_forward)
-    last_layer = encoder_layer
-    if skips_unread:
-        keys_and_values = source_rows * 4 * width**2
-        last_layer = keys_and_values + batch * streams * (4 * width**2 + 4 * sources * width + feed_forward)
-    attended = (targets + 1) / 2 if skips_unread else targets
-    self_attention = target_rows * (8 * width**2 + 4 * attended * width)
-    cross_attention = target_rows * (4 * width**2 + 4 * streams * width) + batch * streams * 4 * width**2
-    decoder_layer = self_attention + cross_attention + target_rows * feed_forward
-    heads = 2 * target_rows * width * sum(model.category_sizes)
-    return (model.encoder_layers - 1) * encoder_layer + last_layer + model.decoder_layers * decoder_layer + heads
+def least_operations(model: EventTransformer, batch: EventBatchLike) -> float:
+    """Floating-point operations of a step's matrix products, without what the causal flag hides."""
+    config, batch_size, events = model.config, len(batch.targets), batch.targets.shape[1] - 1
+    hidden = config.decoder_layers * batch_size * 4 * config.d_model * events * (events - 1) / 2
+    return model.flops(batch) - 3 * hidden
 
 
-def step_work(shapes: Shapes, model: nn.Module, batch: RandomBatch) -> Work:
-    """What a step needs: thrice the forward's operations; the batch read; weights and moments read and written."""
+def step_work(model: EventTransformer, batch: RandomBatch) -> Work:
+    """What a step needs: its operations; the batch read; weights and moments read and written."""
     num_weights = sum(parameter.numel() for parameter in model.parameters())
     return Work(
-        operations=3 * forward_operations(shapes),
+        operations=least_operations(model, batch),
         bytes=2 * 3 * 4 * num_weights + batch.sources.nbytes + batch.targets.nbytes,
-        events=shapes.num_events,
+        events=int(batch.num_targets),
     )

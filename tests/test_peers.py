@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peers import EVENT_TRANSFORMER, MULTI_EMBEDDING, MULTI_HEAD_CROSS_ENTROPY, PlainEventTransformer
-from benchmarks.training import Shapes, TrainingStep, forward_operations, random_batch, step_work
+from benchmarks.training import Shapes, TrainingStep, least_operations, random_batch, step_work
 from eventkern.models import EventTransformer, EventTransformerConfig
 from eventkern.ops import multi_embedding, multi_head_cross_entropy
 
@@ -86,25 +86,27 @@ def test_sinusoidal_positions_are_copied_too() -> None:
     torch.testing.assert_close(PlainEventTransformer(model)(batch), model(batch))
 
 
-def test_counted_operations_are_what_the_plain_model_executes() -> None:
-    _, plain = models()
-    batch = random_batch(SHAPES, "cpu")
+def test_the_plain_model_executes_what_is_counted_and_what_nothing_reads() -> None:
+    model, plain = models()
+    config, batch = SHAPES.model, random_batch(SHAPES, "cpu")
+    width = config.d_model
+    # Queries, outputs and feed-forward of all events but the last in the last encoder layer.
+    unread_queries = SHAPES.batch_size * config.num_streams * (config.src_seq_len - 1)
+    unread = unread_queries * (4 * width**2 + 16 * width**2 + 4 * config.src_seq_len * width)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
         losses = plain(batch)
-    assert forward.get_total_flops() == forward_operations(SHAPES, skips_unread=False)
+    assert forward.get_total_flops() == model.flops(batch) / 3 + unread
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as backward:
         losses.sum().backward()
     assert backward.get_total_flops() == 2 * forward.get_total_flops()
 
 
-def test_what_nothing_reads_is_left_out_of_the_floor() -> None:
-    model, batch = SHAPES.model, SHAPES.batch_size
-    width, targets = model.d_model, model.tgt_seq_len
-    # Queries, outputs and feed-forward of all events but the last in the last encoder layer; the future of a target.
-    unread_queries = batch * model.num_streams * (model.src_seq_len - 1)
-    unread = unread_queries * (4 * width**2 + 16 * width**2 + 4 * model.src_seq_len * width)
-    unread += model.decoder_layers * batch * 4 * width * targets * (targets - 1) / 2
-    assert forward_operations(SHAPES, skips_unread=False) - forward_operations(SHAPES) == unread
+def test_the_least_leaves_out_the_future_of_every_target() -> None:
+    model, _ = models()
+    config, batch = SHAPES.model, random_batch(SHAPES, "cpu")
+    pairs = sum(range(config.tgt_seq_len)) * SHAPES.batch_size * config.decoder_layers
+    scores_and_sums = 2 * 2 * config.d_model
+    assert model.flops(batch) - least_operations(model, batch) == 3 * pairs * scores_and_sums > 0
 
 
 def test_a_step_reads_and_writes_weights_and_moments() -> None:
@@ -112,7 +114,7 @@ def test_a_step_reads_and_writes_weights_and_moments() -> None:
     batch = random_batch(SHAPES, "cpu")
     num_weights = sum(parameter.numel() for parameter in model.parameters())
     num_codes = 3 * (2 * 7 + 7) * 3
-    work = step_work(SHAPES, model, batch)
+    work = step_work(model, batch)
     assert work.bytes == 24 * num_weights + 4 * num_codes
     assert work.events == 18
 

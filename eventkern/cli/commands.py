@@ -34,9 +34,12 @@ def prepare(command: Prepare) -> None:
 
 def train(command: Train) -> None:
     """`eventkern train`, in a process of its own or in those that torchrun has started."""
+    from eventkern.data.shipped import cache_folder
     from eventkern.train.distributed import join
     from eventkern.train.failures import explained
 
+    # torch's own place for what it compiled lies under /tmp, which not every machine keeps.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
     config = RunConfig(**{field.name: getattr(command, field.name) for field in dataclasses.fields(RunConfig)})
     with explained(config, is_alone="RANK" not in os.environ), join(config.device) as ranks:
         train_together(command, config, ranks)
