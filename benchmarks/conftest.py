@@ -3,8 +3,8 @@
 pytest-benchmark times each test on its own, minutes apart, and a machine that warms up or is shared drifts meanwhile.
 So one benchmark here is one case with all its contenders: pytest-benchmark drives (the first of) ours, and before each
 of its rounds the others run once each. They take turns (A B C A B C ...), drift meets all alike, and ratios are taken
-round by round. An untimed call goes before each timed one, so that nobody finds the caches as another contender left them (the table of
-pytest-benchmark itself counts both of ours).
+round by round. An untimed call goes before each timed one, so that nobody finds the caches as another contender left
+them (the table of pytest-benchmark itself counts both of ours).
 """
 
 import shlex
