@@ -350,3 +350,19 @@ def test_flops_and_tokens_follow_the_batch(model, generator):
     with use_reference(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(short).sum().backward()
     assert model.flops(short) == counter.get_total_flops() < model.flops(batch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("src_seq_len", [7, 200])
+def test_attention_on_a_gpu_is_flash_attention(src_seq_len, generator):
+    config = replace(CONFIG, src_seq_len=src_seq_len)
+    model, batch = EventTransformer(config).cuda(), random_batch(config, generator)
+    batch = Batch(batch.sources.cuda(), batch.targets.cuda())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            losses = model(batch)
+        losses.sum().backward()
+    called = {event.key for event in profile.key_averages() if "dot_product" in event.key or "softmax" in event.key}
+    inner = {key.removeprefix("aten::_scaled_dot_product_") for key in called if key.startswith("aten::_scaled")}
+    assert inner == {"flash_attention", "flash_attention_backward"}
+    assert not any("softmax" in key for key in called)
