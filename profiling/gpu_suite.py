@@ -61,13 +61,14 @@ def parts(out: Path, *, architecture: str, wheels: Path | None = None, site: Pat
         listed.append(Part("wheels", (*pip, "--target", str(site), *files), 60))
     build = ("--no-build-isolation", "-C", f"cmake.define.CMAKE_CUDA_ARCHITECTURES={architecture}-real", "-e", ".")
     bench = (*pytest, "benchmarks", "--benchmark-only", "-m", "gpu", "--results-dir", str(out))
-    trace = ("profiling.trace", "--config", "gpu_optimized.json", "--precision", "bf16", "--out", str(out / "trace"))
+    trace = ("profiling.trace", "--config", "gpu_optimized.json", "--precision", "bf16", "--out")
     return [
         *listed,
         Part("build", (*pip, *build), 180),
         Part("tests", (*pytest, "-q", "-m", "gpu or triton"), 240),
         Part("benchmarks", bench, 240),
-        Part("trace", (*python, *trace), 60),
+        Part("trace", (*python, *trace, str(out / "trace")), 60),
+        Part("graphs", (*python, *trace, str(out / "graphs"), "--compile", "reduce-overhead"), 90),
         Part("roofline", (*python, "profiling.roofline"), 30),
     ]
 

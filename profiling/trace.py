@@ -2,7 +2,8 @@
 
     python -m profiling.trace --config cpu_baseline.json --steps 5 --out DIR
 
-writes a Chrome trace (open it at https://ui.perfetto.dev) and two tables, and prints the tables. With `--store` the
+writes a Chrome trace (open it at https://ui.perfetto.dev) and two tables, and prints the tables; on a GPU also the
+launches of a step and how much of it the GPU was busy, from steps that wait for nothing. With `--store` the
 events come from a prepared store through the loader, else they are drawn at random. With `--nvtx` nothing is recorded:
 the steps run with NVTX ranges inside a capture range, for Nsight Systems (profiling/nsys.sh).
 """
@@ -10,6 +11,7 @@ the steps run with NVTX ranges inside a capture range, for Nsight Systems (profi
 import argparse
 import contextlib
 import itertools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +20,7 @@ from pathlib import Path
 
 import nvtx
 import torch
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.training import NameRange, Shapes, TrainingStep, random_batch
@@ -29,6 +32,7 @@ from eventkern.models.event_transformer import EventBatchLike
 
 PHASES = ("data", "forward", "backward", "optimizer")
 NUM_WARM_UP_STEPS = 3
+LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -38,6 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--compile", choices=("off", "on", "reduce-overhead"), default="off", help="torch.compile")
     parser.add_argument("--out", type=Path, default=Path("runs/trace"), help="folder for the trace and the tables")
     parser.add_argument("--nvtx", action="store_true", help="NVTX ranges and a capture range, for Nsight Systems")
     options = parser.parse_args(arguments)
@@ -49,6 +54,8 @@ def main(arguments: list[str] | None = None) -> None:
         shapes, batches = from_store(options.store, shapes, device)
     torch.manual_seed(0)
     model = EventTransformer(shapes.model).to(device)
+    if options.compile != "off":
+        model.compile(fullgraph=True, mode=None if options.compile == "on" else options.compile)
     autocast = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.precision]
     name_range: NameRange = partial(phase, device)
     if options.nvtx:
@@ -67,6 +74,13 @@ def main(arguments: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(options.out / "trace.json.gz"))
     tables = {"phases": phase_table(profiler, options.steps), "operators": operator_table(profiler, device)}
+    if device.type == "cuda":
+        unwaiting = TrainingStep(model, autocast)
+        run_steps(unwaiting, batches, NUM_WARM_UP_STEPS)
+        with profile(activities=kinds) as profiler:
+            run_steps(unwaiting, batches, options.steps)
+            synchronize(device)
+        tables["utilization"] = utilization_table(profiler, options.steps)
     for name, table in tables.items():
         (options.out / f"{name}.txt").write_text(table + "\n")
         print(table)
@@ -138,6 +152,29 @@ def phase_table(profiler: profile, num_steps: int) -> str:
     total_ms = sum(wall_ms.values())
     lines = [f"{name:<10} {wall_ms[name]:10.3f} ms {100 * wall_ms[name] / total_ms:6.1f} %" for name in PHASES]
     return "\n".join([*lines, f"{'step':<10} {total_ms:10.3f} ms"])
+
+
+def utilization_table(profiler: profile, num_steps: int) -> str:
+    """Launches and kernels of a step, and the share of the time from the first to the last that the GPU was busy."""
+    events = profiler.events() or []
+    on_device = [event for event in events if event.device_type == DeviceType.CUDA]
+    launches = sum(event.name in LAUNCHES for event in events)
+    busy_us, span_us = busy([(event.time_range.start, event.time_range.end) for event in on_device])
+    lines = (
+        f"{'launches':<10} {launches / num_steps:10.1f} a step",
+        f"{'kernels':<10} {len(on_device) / num_steps:10.1f} a step",
+        f"{'busy':<10} {busy_us / 1e3 / num_steps:10.3f} ms {100 * busy_us / max(span_us, 1e-9):6.1f} %",
+    )
+    return "\n".join(lines)
+
+
+def busy(intervals: list[tuple[float, float]]) -> tuple[float, float]:
+    """The time that (start, end) intervals cover, counted once where they overlap, and that from first to last."""
+    covered, first, reached = 0.0, min((start for start, _ in intervals), default=0.0), -math.inf
+    for start, end in sorted(intervals):
+        covered += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return covered, max(0.0, reached - first)
 
 
 def operator_table(profiler: profile, device: torch.device) -> str:

@@ -73,7 +73,7 @@ def test_the_results_file_holds_every_part(tmp_path: Path) -> None:
 def test_the_parts_build_for_the_card_and_write_into_the_folder(tmp_path: Path) -> None:
     (tmp_path / "some.whl").touch()
     listed = {part.name: part for part in parts(tmp_path, architecture="80", wheels=tmp_path, site=tmp_path / "site")}
-    assert list(listed) == ["wheels", "build", "tests", "benchmarks", "trace", "roofline"]
+    assert list(listed) == ["wheels", "build", "tests", "benchmarks", "trace", "graphs", "roofline"]
     assert "cmake.define.CMAKE_CUDA_ARCHITECTURES=80-real" in listed["build"].command
     assert str(tmp_path / "some.whl") in listed["wheels"].command
     assert listed["benchmarks"].command[-2:] == ("--results-dir", str(tmp_path))
@@ -98,7 +98,7 @@ def test_a_dry_run_lists_the_parts_and_runs_nothing(
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: pytest.fail("a dry run started something"))
     assert gpu_suite.main(["--dry-run", "--out", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["build", "tests", "benchmarks", "trace", "roofline"]
+    assert [line.split()[0] for line in lines] == ["build", "tests", "benchmarks", "trace", "graphs", "roofline"]
     assert all("at most" in line for line in lines)
 
 

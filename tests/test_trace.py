@@ -41,8 +41,39 @@ def test_a_trace_holds_the_phases_of_every_step(
     assert [line.split()[0] for line in lines] == [*trace.PHASES, "step"]
     shares = [float(line.split()[3]) for line in lines[:-1]]
     assert sum(shares) == pytest.approx(100, abs=0.3)
-    assert "aten::addmm" in (out / "operators.txt").read_text()
+    operators = (out / "operators.txt").read_text()
+    assert sum(line.split()[:1][0].startswith("aten::") for line in operators.splitlines() if line.strip()) > 10
     assert lines[-1] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("intervals", "covered", "span"),
+    [
+        ([], 0, 0),
+        ([(3, 5)], 2, 2),
+        ([(6, 9), (0, 4)], 7, 9),
+        ([(0, 4), (2, 3), (3, 6), (8, 9)], 7, 9),  # nested, overlapping, apart
+        ([(1, 2), (2, 4)], 3, 3),
+    ],
+)
+def test_time_that_intervals_cover_counts_once(
+    intervals: list[tuple[float, float]], covered: float, span: float
+) -> None:
+    assert trace.busy(intervals) == (covered, span)
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_busy_and_graphs_launch_less(config: str, tmp_path: Path) -> None:
+    launches = []
+    for compiled in ("off", "reduce-overhead"):
+        out = tmp_path / compiled
+        arguments = ["--config", config, "--steps", "3", "--device", "cuda", "--compile", compiled, "--out", str(out)]
+        trace.main(arguments)
+        lines = [line.split() for line in (out / "utilization.txt").read_text().splitlines()]
+        assert [line[0] for line in lines] == ["launches", "kernels", "busy"]
+        assert 0 < float(lines[2][3]) <= 100
+        launches.append(float(lines[0][1]))
+    assert launches[1] < launches[0] / 3
 
 
 def test_nvtx_ranges_leave_no_trace_behind(config: str, tmp_path: Path) -> None:
