@@ -258,6 +258,20 @@ def test_evaluate_prints_the_ledger_of_the_run(here: Path, capsys: pytest.Captur
         assert f"{category['marginal']:.3f}" in line
 
 
+def test_memory_that_an_evaluation_uses_up_names_its_key(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def use_up(*_: Any) -> None:
+        torch.zeros(2**60, dtype=torch.uint8)
+
+    monkeypatch.setattr("eventkern.models.EventTransformer.metrics", use_up)
+    assert main(["evaluate", "run", "--device", "cpu", "--batch-size", "7"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("eventkern: out of memory at --batch-size 7: lower it (")
+    assert "grad_accum" not in told
+    assert told.count("\n") == 1
+
+
 def test_a_fold_trains_and_is_evaluated_on_its_own_keys(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["train", "small.toml", "--run-dir", "folded", "--max-steps", "10", "--folds", "3", "--fold", "1"]
     assert main(arguments) == 0

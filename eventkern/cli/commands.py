@@ -36,12 +36,12 @@ def train(command: Train) -> None:
     """`eventkern train`, in a process of its own or in those that torchrun has started."""
     from eventkern.data.shipped import cache_folder
     from eventkern.train.distributed import join
-    from eventkern.train.failures import explained
+    from eventkern.train.failures import explained, smaller_step
 
     # torch's own place for what it compiled lies under /tmp, which not every machine keeps.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
     config = RunConfig(**{field.name: getattr(command, field.name) for field in dataclasses.fields(RunConfig)})
-    with explained(config, is_alone="RANK" not in os.environ), join(config.device) as ranks:
+    with explained(smaller_step(config), is_alone="RANK" not in os.environ), join(config.device) as ranks:
         train_together(command, config, ranks)
 
 
@@ -172,6 +172,14 @@ def lineage(store: EventStore, sizes: EventTransformerConfig, fold: Fold | None)
 
 def evaluate(command: Evaluate) -> None:
     """`eventkern evaluate`."""
+    from eventkern.train.failures import explained
+
+    with explained(f"at --batch-size {command.batch_size}: lower it"):
+        evaluate_checkpoint(command)
+
+
+def evaluate_checkpoint(command: Evaluate) -> None:
+    """Prints the ledger of a checkpoint."""
     from eventkern.data.loader import EventLoader
     from eventkern.data.shipped import open_store
     from eventkern.models import EventTransformer

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eventkern.train.config import ConfigError
 from eventkern.train.device import select_device
-from eventkern.train.failures import OtherRankError
+from eventkern.train.failures import OtherRankError, RunFailure, first_line
 
 Value = TypeVar("Value")
 
@@ -91,6 +91,7 @@ def join(device: str = "auto") -> Iterator[Ranks]:
 
     Raises:
         ConfigError: a device that is not there, or an environment that torchrun did not make.
+        RunFailure: the ranks do not find one another, such as where the port is in use.
     """
     chosen = select_device(device)
     if "RANK" not in os.environ:
@@ -110,7 +111,13 @@ def join(device: str = "auto") -> Iterator[Ranks]:
     elif chosen.type != "cpu":
         raise ConfigError(f"device is {device!r}, but ranks compute on cpu or cuda: give one of them")
     # what ranks tell one another as plain values goes over gloo, past the GPU
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    try:
+        torch.distributed.init_process_group(backend, timeout=TIMEOUT)
+    except RuntimeError as error:  # DistError, and gloo's own
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        mend = "start again, with a --master-port that nothing uses"
+        raise RunFailure(f"the ranks do not meet at {where}: {mend} ({first_line(error)})") from error
     group = torch.distributed
     yield Ranks(chosen, group.get_rank(), group.get_world_size(), is_alone=False)
     group.destroy_process_group()  # not after an error: it may wait for ranks that are gone

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 
 from eventkern.train.config import TrainerConfig
 
-CONNECTION = ("gloo", "NCCL", "Connection", "Broken pipe", "Socket", "process group")
-"""Words of the errors that torch.distributed raises where another rank is gone."""
 
 
 class RunFailure(RuntimeError):
@@ -20,12 +18,20 @@ class OtherRankError(Exception):
     """Another rank has failed, and tells the reason; this one ends in silence."""
 
 
+def smaller_step(config: TrainerConfig) -> str:
+    """How a training step takes less memory, for `explained`."""
+    return (
+        f"at batch_size {config.batch_size} and grad_accum {config.grad_accum}: lower batch_size, and raise grad_accum "
+        "to keep the step as large"
+    )
+
+
 @contextmanager
-def explained(config: TrainerConfig, *, is_alone: bool = True) -> Iterator[None]:
+def explained(smaller: str, *, is_alone: bool = True) -> Iterator[None]:
     """Turns memory that is used up, a failed compilation and a lost rank into a RunFailure; the rest passes through.
 
     Args:
-        config: names the keys and their values.
+        smaller: at which keys and values memory was used up, and which of them to change.
         is_alone: there are no other ranks to lose.
     """
     try:
@@ -34,14 +40,11 @@ def explained(config: TrainerConfig, *, is_alone: bool = True) -> Iterator[None]
         if isinstance(error, RunFailure):
             raise
         if is_out_of_memory(error):
-            told = (
-                f"out of memory at batch_size {config.batch_size} and grad_accum {config.grad_accum}: lower "
-                f"batch_size, and raise grad_accum to keep the step as large ({_first_line(error)})"
-            )
+            told = f"out of memory {smaller} ({first_line(error)})"
         elif _is_of_compiler(error):
-            told = f"torch.compile failed; --compile off trains without it ({_first_line(error)})"
-        elif not is_alone and any(word in str(error) for word in CONNECTION):
-            told = f"lost another rank, whose own message says why; --resume auto goes on ({_first_line(error)})"
+            told = f"torch.compile failed; --compile off trains without it ({first_line(error)})"
+        elif not is_alone and _is_of_connection(error):
+            told = f"lost another rank, whose own message says why; --resume auto goes on ({first_line(error)})"
         else:
             raise
         raise RunFailure(told) from error
@@ -60,7 +63,15 @@ def _is_of_compiler(error: BaseException) -> bool:
     return exceptions is not None and isinstance(error, exceptions.TorchDynamoException)
 
 
-def _first_line(error: BaseException) -> str:
+def _is_of_connection(error: BaseException) -> bool:
+    import torch
+
+    # gloo's own errors are plain ones, which name its source file
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
     error = getattr(error, "inner_exception", error)  # what a compiler's backend has raised
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[0].strip()[:200] if lines else type(error).__name__

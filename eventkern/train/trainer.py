@@ -28,7 +28,7 @@ from eventkern.train.device import float32_products, seed_everything, select_dev
 from eventkern.train.distributed import Ranks
 from eventkern.train.environment import environment
 from eventkern.train.evaluation import evaluate
-from eventkern.train.failures import OtherRankError, explained
+from eventkern.train.failures import OtherRankError, explained, smaller_step
 from eventkern.train.ledger import Ledger
 from eventkern.train.logging import RunLog
 from eventkern.train.meter import Meter
@@ -196,7 +196,7 @@ class Trainer:
             seed_everything(self.config.seed, self.ranks.rank)
             self.loaders.train.set_epoch(0)
         with ExitStack() as stack:
-            stack.enter_context(explained(self.config, is_alone=self.ranks.is_alone))
+            stack.enter_context(explained(smaller_step(self.config), is_alone=self.ranks.is_alone))
             with self.ranks.together():
                 if self.ranks.is_main:
                     stack.enter_context(locked(self.run_dir))

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import shutil
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -244,6 +245,22 @@ def test_a_mistake_is_told_once(ranks: Any, here: Path) -> None:
     assert [process.returncode for process in running] == [2, 1]
     assert told[0].startswith("eventkern: rank 0: gone: ")
     assert told[1] == ""
+
+
+def test_a_port_in_use_is_one_line_and_exit_1(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        told = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        for name, value in {**told, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        assert main(TRAIN.split()[2:]) == 1
+    errors = capsys.readouterr().err
+    wanted = f"eventkern: rank 0: the ranks do not meet at 127.0.0.1:{port}: start again, with a --master-port that"
+    assert errors.startswith(wanted)
+    assert errors.count("\n") == 1
+    assert not (here / "run").exists()
 
 
 def test_a_failure_of_the_machine_is_one_line_and_exit_1(

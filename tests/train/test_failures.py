@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from eventkern.train import Loaders, Trainer, TrainerConfig
-from eventkern.train.failures import RunFailure, explained, is_out_of_memory
+from eventkern.train.failures import RunFailure, explained, is_out_of_memory, smaller_step
 
 CONFIG = TrainerConfig(batch_size=6, grad_accum=3, device="cpu")
 WAY_OUT = (
@@ -39,16 +39,22 @@ def test_memory_that_is_used_up_on_a_gpu_names_the_keys(tiny: Any, tmp_path: Pat
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:5000\nmore"
 
 
+LOST = "^lost another rank, whose own message says why; --resume auto goes on"
+
+
 @pytest.mark.parametrize(
     ("make", "wanted"),
     [
         (lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"), WAY_OUT),
         (lambda: MemoryError(), WAY_OUT + r"large \(MemoryError\)$"),
-        (lambda: RuntimeError(GLOO), r"^lost another rank, whose own message says why; --resume auto goes on \(\[/pyt"),
+        (lambda: RuntimeError(GLOO), LOST + r" \(\[/pyt"),
+        (lambda: RuntimeError("Gloo connectFullMesh failed with an error"), LOST),
+        (lambda: torch.distributed.DistNetworkError("The client socket has timed out"), LOST),
+        (lambda: torch.distributed.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:1"), LOST),
     ],
 )
 def test_errors_of_the_machine_are_explained(make: Callable[[], Exception], wanted: str) -> None:
-    with pytest.raises(RunFailure, match=wanted) as error, explained(CONFIG, is_alone=False):
+    with pytest.raises(RunFailure, match=wanted) as error, explained(smaller_step(CONFIG), is_alone=False):
         raise make()
     assert "\n" not in str(error.value)
 
@@ -57,7 +63,7 @@ def test_errors_of_the_machine_are_explained(make: Callable[[], Exception], want
     "error", [RuntimeError(GLOO), RuntimeError("mat1 and mat2"), ValueError("gloo"), RunFailure("x")]
 )
 def test_other_errors_pass(error: Exception) -> None:
-    with pytest.raises(type(error)) as passed, explained(CONFIG):
+    with pytest.raises(type(error)) as passed, explained(smaller_step(CONFIG)):
         raise error
     assert passed.value is error
     assert not is_out_of_memory(error)
