@@ -11,20 +11,24 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.run import get_args_parser
 
 from eventkern import _C
-from eventkern.cli import RunConfig, load_config, main
-from eventkern.cli.arguments import CONFIGS, DataConfig
+from eventkern.cli import RunConfig, load_config, main, way_on
+from eventkern.cli.arguments import CONFIGS, DataConfig, Train
+from eventkern.cli.commands import command_line, load_run
 from eventkern.data import EventStore, Fold
 from eventkern.data.baselines import baselines
-from eventkern.train import device
-from eventkern.train.checkpoint import FORMAT, load_checkpoint, save_checkpoint
+from eventkern.train import Trainer, device
+from eventkern.train.checkpoint import FORMAT, DamagedCheckpointError, load_checkpoint, save_checkpoint
+from eventkern.train.config import known_keys
 
 SCHEMA = """
 name = "visits"
@@ -178,9 +182,12 @@ def test_a_log_without_its_package_is_refused_before_anything_is_written(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("eventkern.train.boards.has", lambda package: package != "wandb")
-    assert main(["train", "small.toml", "--run-dir", "new", "--log", "wandb"]) == 2
+    assert main(["train", "small.toml", "--run-dir", "new", "--logger", "wandb"]) == 2
     told = capsys.readouterr().err
-    assert told == "eventkern: log is 'wandb', but the package is not installed: pip install wandb, or log = 'none'\n"
+    assert (
+        told
+        == "eventkern: logger is 'wandb', but the package is not installed: pip install wandb, or logger = 'none'\n"
+    )
     assert not (here / "new").exists()
 
 
@@ -482,6 +489,81 @@ def test_help_needs_no_torch() -> None:
     )
     run = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert "--model.d-model" in run.stdout
+
+
+def test_torchrun_takes_no_key_for_an_option_of_its_own() -> None:
+    """It reads what stands after the program's name, too, and knows its own options by any beginning of theirs."""
+    theirs = {option for action in get_args_parser()._actions for option in action.option_strings}
+    ours = {"--" + key.replace("_", "-") for key in known_keys(Train)}
+    assert {"--log-dir", "--run-path"} <= theirs
+    assert {"--logger", "--run-dir"} <= ours
+    assert [option for option in ours if any(their.startswith(option) for their in theirs)] == []
+
+
+@pytest.fixture
+def rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Makes this process one of four ranks, two on each machine, that have not met."""
+
+    def be(number: int) -> None:
+        told = {"RANK": number, "LOCAL_RANK": number % 2, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2}
+        for name, value in told.items():
+            monkeypatch.setenv(name, str(value))
+
+    monkeypatch.setattr("eventkern.cli.FIRST_TO_END_S", 0.0)
+    return be
+
+
+@pytest.mark.parametrize("mistake", ["gone.toml", "small.toml --lrr 3", "small.toml --device mps"])
+def test_a_mistake_before_the_ranks_meet_is_told_once_on_a_machine(
+    here: Path, rank: Callable[[int], None], capsys: pytest.CaptureFixture[str], mistake: str
+) -> None:
+    for number in range(4):
+        rank(number)
+        assert main(["train", *mistake.split()]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith(f"eventkern: rank {number}: ") if number % 2 == 0 else told == ""
+        assert told.count("\n") == 1 - number % 2
+
+
+def test_the_way_on_names_as_many_processes(rank: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    damaged = DamagedCheckpointError("cut", Path("a whole.pt"))
+    arguments = ["train", "small.toml", "--resume", "auto", "--lr", "1"]
+    wanted = "train small.toml --lr 1 --resume 'a whole.pt'"
+    assert way_on(damaged, arguments) == f"; to go on from it: eventkern {wanted}"
+    rank(3)
+    assert command_line(["train", "my run"]) == "torchrun --nnodes 2 --nproc-per-node 2 -m eventkern train 'my run'"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert way_on(damaged, arguments) == f"; to go on from it: torchrun --nproc-per-node 2 -m eventkern {wanted}"
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert command_line(["info"]) == "eventkern info"
+
+
+def test_a_resumed_run_does_not_hold_what_it_has_loaded(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[weakref.ref[torch.Tensor]] = []
+
+    def load(path: Path) -> dict[str, Any]:
+        state = load_run(path)
+        loaded.extend(weakref.ref(weight) for weight in state["model"].values())
+        return state
+
+    def fit(self: Trainer) -> None:
+        assert loaded
+        assert {weight() for weight in loaded} == {None}
+
+    monkeypatch.setattr("eventkern.cli.commands.load_run", load)
+    monkeypatch.setattr(Trainer, "fit", fit)
+    assert main(["train", "small.toml", "--resume", "run", "--max-steps", "30"]) == 0
+
+
+def test_a_file_that_nobody_named_is_a_failure(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lose(*_: Any) -> None:
+        Path("gone").read_text()
+
+    monkeypatch.setattr(Trainer, "fit", lose)
+    assert main(["train", "small.toml", "--run-dir", "new"]) == 1
+    assert capsys.readouterr().err == "eventkern: [Errno 2] No such file or directory: 'gone'\n"
 
 
 def test_the_module_is_the_command() -> None:

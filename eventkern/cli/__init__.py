@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
+import time
 from collections.abc import Sequence
 
 from eventkern.cli.arguments import Evaluate, Info, Prepare, RunConfig, Train, load_config, parse
-from eventkern.cli.commands import evaluate, info, prepare, train
+from eventkern.cli.commands import command_line, evaluate, info, prepare, train
 from eventkern.train.config import ConfigError
 from eventkern.train.failures import OtherRankError, RunFailure
 from eventkern.train.termination import Terminated, terminable
 
 __all__ = ["RunConfig", "load_config", "main"]
+
+FIRST_TO_END_S = 5.0
+"""How long the silent ranks wait for the one that tells a mistake: torchrun ends all as soon as one has ended."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,8 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         is_explained = is_mistake or isinstance(error, (OSError, FloatingPointError, RunFailure))
         if not is_explained:
             raise  # of our own making: the traceback is wanted
+        if is_mistake and _is_told_by_another_rank():
+            time.sleep(FIRST_TO_END_S)
+            return 2
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-        print(f"eventkern: {rank}{error}{_way_on(error, arguments)}", file=sys.stderr)
+        print(f"eventkern: {rank}{error}{way_on(error, arguments)}", file=sys.stderr)
         return 2 if is_mistake else 1
     except OtherRankError:
         return 1  # the rank that failed tells why
@@ -50,14 +56,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _is_told_by_another_rank() -> bool:
+    """Whether this is one of several ranks that have not met yet: a mistake is that of all on the machine then."""
+    distributed = sys.modules.get("torch.distributed")
+    have_met = distributed is not None and distributed.is_initialized()
+    return "RANK" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0" and not have_met
+
+
 def _user_errors() -> tuple[type[Exception], ...]:
     from eventkern.data import DataError
     from eventkern.train import CheckpointError
 
-    return DataError, CheckpointError, FileNotFoundError
+    return DataError, CheckpointError
 
 
-def _way_on(error: Exception, arguments: Sequence[str]) -> str:
+def way_on(error: Exception, arguments: Sequence[str]) -> str:
     """After a damaged checkpoint: the same command from the newest one that verifies, where there is one."""
     from eventkern.train.checkpoint import DamagedCheckpointError
 
@@ -68,4 +81,4 @@ def _way_on(error: Exception, arguments: Sequence[str]) -> str:
         for before, argument in zip(["", *arguments], arguments, strict=False)
         if "--resume" not in (before, argument) and not argument.startswith("--resume=")
     ]
-    return f"; to go on from it: {shlex.join(['eventkern', *kept, '--resume', str(error.whole)])}"
+    return f"; to go on from it: {command_line([*kept, '--resume', str(error.whole)])}"

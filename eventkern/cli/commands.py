@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,15 +55,15 @@ def train_together(command: Train, config: RunConfig, ranks: Ranks) -> None:
     from eventkern.train.device import compiles, keep_freed_memory, seed_everything, select_precision
     from eventkern.train.environment import record_run
     from eventkern.train.lineage import refuse_other_lineage
-    from eventkern.train.run_folder import find_run, locked
+    from eventkern.train.run_folder import found_and_locked
 
     keep_freed_memory()
     found = None
     with contextlib.ExitStack() as stack:
         with ranks.together():
             if ranks.is_main:
-                found = find_run(Path(command.config).stem, command.run_dir, command.resume)
-                stack.enter_context(locked(found[0]))
+                name = Path(command.config).stem
+                found = stack.enter_context(found_and_locked(name, command.run_dir, command.resume))
                 open_store(config.data.store)  # prepared by one, if at all
         run_dir, checkpoint = ranks.gather(found)[0] or (Path(), None)
         with ranks.together():
@@ -97,11 +98,12 @@ def train_together(command: Train, config: RunConfig, ranks: Ranks) -> None:
             run_dir=run_dir,
             ledger=ledger,
             metadata={"model": dataclasses.asdict(sizes), "run": to_mapping(config), "lineage": origin},
-            resume_command=shlex.join(["eventkern", *resumed]),
+            resume_command=command_line(resumed),
             ranks=ranks,
         )
         if checkpoint is not None:
             trainer.resume(checkpoint, state)
+            del state  # else the loaded weights would stay in memory as long as the run
         with ranks.together():
             if ranks.is_main:
                 precision = select_precision(config.precision, ranks.device)
@@ -111,6 +113,16 @@ def train_together(command: Train, config: RunConfig, ranks: Ranks) -> None:
                 steps = f"step {trainer.step} of {trainer.total_steps}"
                 print(f"run {run_dir}: {store.num_events:,} events, {where}, {steps}", flush=True)
         trainer.fit()
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """The command of these arguments, in as many processes as this one has beside it."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    if world_size == 1:
+        return shlex.join(["eventkern", *arguments])
+    of_node = int(os.environ["LOCAL_WORLD_SIZE"])
+    nodes = [] if of_node == world_size else ["--nnodes", str(world_size // of_node)]
+    return shlex.join(["torchrun", *nodes, "--nproc-per-node", str(of_node), "-m", "eventkern", *arguments])
 
 
 def load_run(path: Path) -> dict[str, Any]:

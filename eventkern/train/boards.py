@@ -45,7 +45,7 @@ class TensorBoard:
     def __init__(self, run_dir: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run_dir), purge_step=first_step + 1 if first_step else None)
+        self._writer = SummaryWriter(str(run_dir), purge_step=first_step + 1)
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         for name, value in row.items():
@@ -92,7 +92,7 @@ class WeightsAndBiases:
         except self._wandb.Error as error:
             told = " ".join(str(error).split())
             raise ConfigError(
-                f"log is 'wandb', which does not start: {told} (WANDB_MODE=offline needs no account)"
+                f"logger is 'wandb', which does not start: {told} (WANDB_MODE=offline needs no account)"
             ) from error
         # steps are ours: a resumed run goes back to its checkpoint, which W&B's own count refuses
         self._run.define_metric("*", step_metric="step")
@@ -108,10 +108,10 @@ class WeightsAndBiases:
         self._run.finish(exit_code=int(failed))
 
 
-def require_board(log: str) -> None:
-    """Raises a ConfigError unless the package that the key `log` needs is installed."""
-    if log == "wandb" and not has("wandb"):
-        raise ConfigError("log is 'wandb', but the package is not installed: pip install wandb, or log = 'none'")
+def require_board(logger: str) -> None:
+    """Raises a ConfigError unless the package that the key `logger` needs is installed."""
+    if logger == "wandb" and not has("wandb"):
+        raise ConfigError("logger is 'wandb', but the package is not installed: pip install wandb, or logger = 'none'")
 
 
 def has(package: str) -> bool:

@@ -76,7 +76,7 @@ class TrainerConfig:
     """Newest checkpoints kept, beside the best; 2 leave one to go on from where the last is damaged."""
     log_every: int = 50
     """Optimizer steps between logged steps; evaluated and saved steps are logged too."""
-    log: Literal["none", "wandb"] = "none"
+    logger: Literal["none", "wandb"] = "none"
     """Where the numbers go beside the run folder: wandb is Weights & Biases ($WANDB_MODE=offline needs no account)."""
     histograms: bool = False
     """Histograms of weights and gradients at every evaluation; gradients then stay in memory until the next step."""

@@ -6,7 +6,7 @@ import ctypes
 import random
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -86,15 +86,23 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 @contextmanager
 def float32_products(precision: str) -> Iterator[None]:
     """For tf32: inside, CUDA's matrix products and convolutions of float32 tensors are computed in TF32."""
-    cudnn: Any = torch.backends.cudnn
-    settings: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
+    if precision != "tf32":
+        yield
+        return
+    backends: Any = torch.backends
+    settings = (backends.cuda.matmul, backends.mkldnn.matmul, backends.cudnn.conv, backends.cudnn.rnn)
     before = [setting.fp32_precision for setting in settings]
+    of_all = "highest"
+    with suppress(RuntimeError):  # torch refuses to tell where the user has set CUDA's products alone
+        of_all = torch.get_float32_matmul_precision()
     try:
-        if precision == "tf32":
-            for setting in settings:
-                setting.fp32_precision = "tf32"
+        # not the setting of CUDA's products alone, beside which torch refuses to tell what inductor's autotuning asks
+        torch.set_float32_matmul_precision("high")
+        for setting in (backends.cudnn.conv, backends.cudnn.rnn):
+            setting.fp32_precision = "tf32"
         yield
     finally:
+        torch.set_float32_matmul_precision(of_all)
         for setting, value in zip(settings, before, strict=True):
             if setting.fp32_precision != value:
                 setting.fp32_precision = value

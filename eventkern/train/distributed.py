@@ -20,7 +20,7 @@ Value = TypeVar("Value")
 
 TIMEOUT = datetime.timedelta(minutes=10)
 """How long a rank waits for the others: longer than the slowest thing that one does alone (preparing a store)."""
-VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells each process."""
 
 
@@ -101,12 +101,10 @@ def join(device: str = "auto") -> Iterator[Ranks]:
     if missing:
         raise ConfigError(f"RANK is set, but {', '.join(missing)} is not: start ranks by torchrun, or unset RANK")
     if chosen.type == "cuda":
-        local_rank, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local_rank >= there:
-            raise ConfigError(
-                f"--nproc-per-node wants CUDA device {local_rank}, but there are {there}: give at most that"
-            )
-        chosen = torch.device("cuda", local_rank)
+        wanted, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if wanted > there:  # said by each rank of the node, as every mistake before they meet
+            raise ConfigError(f"--nproc-per-node is {wanted}, but there are {there} CUDA devices: give at most that")
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
     elif chosen.type != "cpu":
         raise ConfigError(f"device is {device!r}, but ranks compute on cpu or cuda: give one of them")

@@ -47,7 +47,7 @@ def environment() -> dict[str, str | int]:
 
 
 def record_run(run_dir: Path, settings: Mapping[str, Any], **facts: str | int) -> None:
-    """Writes config.toml and environment.json, each whole or not at all; under torchrun rank 0 writes for all.
+    """Writes config.toml and environment.json, each whole or not at all; under torchrun the main rank does, for all.
 
     environment.json is this attempt at the run: `environment()`, the command line, host, process, number of ranks, and
     `facts`. Under "earlier_attempts" it keeps those before it, oldest first.
@@ -59,8 +59,6 @@ def record_run(run_dir: Path, settings: Mapping[str, Any], **facts: str | int) -
     """
     import tomli_w
 
-    if os.environ.get("RANK", "0") != "0":
-        return
     run_dir.mkdir(parents=True, exist_ok=True)
     write_file(run_dir / CONFIG_FILE, tomli_w.dumps(settings))
     path = run_dir / ENVIRONMENT_FILE

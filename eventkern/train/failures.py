@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from eventkern.train.config import TrainerConfig
 
 
-
 class RunFailure(RuntimeError):
     """A failure of the machine or of another rank: one line that says the way out."""
 

@@ -17,6 +17,9 @@ class Guard:
     A step is skipped when one of its losses or the norm of its gradients is not finite. Nothing here waits for the
     device; under ranks all decide alike, since losses and norms are already those of all ranks.
 
+    Weights, moments and counts are as before a skipped step. Buffers that a forward updates, such as the statistics of
+    a BatchNorm, are not: they keep what the step's forwards have put there.
+
     Args:
         loss_names: names of the H losses.
         parameter_names: names of the P parameters.

@@ -40,7 +40,7 @@ class RunLog:
         names: names of the losses.
         total_steps: steps of the whole run.
         first_step: steps already taken: later rows of an earlier attempt are cut off.
-        log: "wandb" shows the run on Weights & Biases too.
+        logger: "wandb" shows the run on Weights & Biases too.
         settings: the run's configuration, for those who see it there.
 
     Raises:
@@ -54,7 +54,7 @@ class RunLog:
         total_steps: int,
         first_step: int = 0,
         *,
-        log: str = "none",
+        logger: str = "none",
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ class RunLog:
         self._step = first_step
         self._lines = 0
         self._boards: list[Board] = []
-        if log == "wandb":
+        if logger == "wandb":
             self._boards.append(WeightsAndBiases(run_dir, settings or {}))
         if has("tensorboard"):
             self._boards.append(TensorBoard(run_dir, first_step))

@@ -63,9 +63,7 @@ class Meter:
     def start(self) -> None:
         """Begins a new interval, so that evaluations and checkpoints are in none."""
         if self._peak is None and self._model is not None:
-            self._peak = peak_flops_per_s(
-                self._device, PEAK_DTYPES.get(self._precision, torch.float32), torch.get_num_threads()
-            )
+            self._peak = peak_flops_per_s(self._device, self._precision, torch.get_num_threads())
         self._begin()
 
     def _begin(self) -> None:
@@ -120,15 +118,15 @@ class Meter:
 
 
 @functools.cache
-def peak_flops_per_s(device: torch.device, dtype: torch.dtype, num_threads: int) -> float:
+def peak_flops_per_s(device: torch.device, precision: str, num_threads: int) -> float:
     """The rate of large matrix products, measured in a third of a second, once for a process; leaves no memory taken.
 
     Args:
         device: where.
-        dtype: of the products; float32 is TF32 where torch's settings say so.
+        precision: of the products; "tf32" is what torch's settings are then expected to say (`float32_products`).
         num_threads: the threads of the process, in which the rate of a CPU differs.
     """
-    rate = hardware.gemm_rate(device, dtype, budget_s=PEAK_BUDGET_S)
+    rate = hardware.gemm_rate(device, PEAK_DTYPES.get(precision, torch.float32), budget_s=PEAK_BUDGET_S)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

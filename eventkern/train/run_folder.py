@@ -5,11 +5,12 @@ from __future__ import annotations
 import datetime
 import errno
 import fcntl
+import glob
 import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from eventkern.train.checkpoint import CHECKPOINTS, last_checkpoint
@@ -20,6 +21,11 @@ RUNS = Path("runs")
 LOCK_FILE = ".lock"
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+
+
+class InUseError(ConfigError):
+    """Another process has the folder."""
+
 
 _held: set[Path] = set()
 """The folders that this process has locked."""
@@ -44,7 +50,7 @@ def find_run(name: str, run_dir: Path | None = None, resume: str | None = None) 
     checkpoint = None
     if resume == "auto":
         if run_dir is None:
-            runs = RUNS.glob(f"????????-??????-{name}")
+            runs = RUNS.glob(f"????????-??????-{glob.escape(name)}")
             run_dir = max((run for run in runs if last_checkpoint(run) is not None), default=None)
         checkpoint = last_checkpoint(run_dir) if run_dir is not None else None
     elif resume is not None:
@@ -59,12 +65,53 @@ def find_run(name: str, run_dir: Path | None = None, resume: str | None = None) 
     return run_dir or fresh_folder(f"-{name}"), checkpoint
 
 
+@contextmanager
+def found_and_locked(
+    name: str, run_dir: Path | None = None, resume: str | None = None
+) -> Iterator[tuple[Path, Path | None]]:
+    """`find_run`, with its folder `locked` inside.
+
+    Another process may have trained there between the look and the lock, so that what is there is looked up once more;
+    a folder named by time that is another's by then is left to it, for the next second's.
+
+    Args:
+        name: as for `find_run`, which raises the same.
+        run_dir: likewise.
+        resume: likewise.
+    """
+    with ExitStack() as stack:
+        while True:
+            folder, checkpoint = find_run(name, run_dir, resume)
+            is_named_by_time = run_dir is None and (checkpoint is None or folder not in checkpoint.parents)
+            try:
+                lock = stack.enter_context(ExitStack())
+                lock.enter_context(locked(folder))
+            except InUseError:
+                if not is_named_by_time:
+                    raise
+                continue
+            if is_named_by_time and os.listdir(folder) != [LOCK_FILE]:
+                lock.close()
+                continue
+            yield find_run(name, folder, resume)
+            return
+
+
 def fresh_folder(suffix: str = "") -> Path:
     """runs/<time><suffix>, with the time of the next second that has no run yet."""
     now = datetime.datetime.now()
     while (path := RUNS / f"{now:%Y%m%d-%H%M%S}{suffix}").exists():
         now += datetime.timedelta(seconds=1)
     return path
+
+
+def make_fresh_folder() -> Path:
+    """Makes the folder that `fresh_folder` names; no other process has made it."""
+    while True:
+        with suppress(FileExistsError):  # another start of the same second
+            path = fresh_folder()
+            path.mkdir(parents=True)
+            return path
 
 
 def require_folder(path: Path, option: str) -> None:
@@ -88,21 +135,22 @@ def locked(run_dir: Path) -> Iterator[None]:
 
     The lock is the kernel's (flock on a file in the folder): it ends with the process, by SIGKILL too, so that none is
     ever left behind. The file tells process and host, and goes with the lock; so does the folder, where it was made
-    here and nothing was written to it. What a killed writer left half-written is removed. Under torchrun rank 0 holds
-    the lock for all.
+    here and nothing was written to it. What a killed writer left half-written is removed. Under torchrun the main rank
+    holds the lock for all.
 
     On NFS the lock reaches other hosts where the mount has a lock service, and on Lustre with `-o flock`; with an
     option such as `local_lock` it holds on one host only. Where the file system has no locks at all, a line says so.
 
     Raises:
-        ConfigError: another process holds the folder, or nothing may be written to it.
+        InUseError: another process holds the folder.
+        ConfigError: nothing may be written to it.
         OSError: no space.
 
     Source:
         flock(2).
     """
     place = run_dir.resolve()
-    if place in _held or os.environ.get("RANK", "0") != "0":
+    if place in _held:
         yield
         return
     made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
@@ -139,7 +187,7 @@ def _lock(path: Path) -> int:
         except BlockingIOError:
             holder = _holder(descriptor)
             os.close(descriptor)
-            raise ConfigError(
+            raise InUseError(
                 f"{path.parent}: in use by {holder}; wait for it to end, or choose another --run-dir"
             ) from None
         except OSError as error:

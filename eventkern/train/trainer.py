@@ -35,7 +35,7 @@ from eventkern.train.meter import Meter
 from eventkern.train.optim import EarlyStopping, Schedule, build_optimizer, load_moments
 from eventkern.train.parallel import Parallel, compile_clock, refuse_graphs
 from eventkern.train.protocols import BatchLoader, TrainableModel
-from eventkern.train.run_folder import fresh_folder, locked
+from eventkern.train.run_folder import locked, make_fresh_folder
 from eventkern.train.step import OptimizerStep, Outcome, marked
 from eventkern.train.termination import StopRequest, stop_request
 
@@ -109,7 +109,7 @@ class Trainer:
             if len(loaders.train) == 0:
                 raise ConfigError("the training loader has no batch: more data or a smaller batch_size is needed")
             self._precision = select_precision(config.precision, self.device)
-            require_board(config.log)
+            require_board(config.logger)
             refuse_graphs(config, self.ranks)
         self.model = model
         model.to(self.device)  # type: ignore[attr-defined]  # overloaded in nn.Module, so no protocol matches it
@@ -120,10 +120,7 @@ class Trainer:
             )
         self.loaders = loaders
         if run_dir is None:
-            run_dir = fresh_folder()
-            if self.ranks.is_main:
-                run_dir.mkdir(parents=True)
-            run_dir = self.ranks.gather(run_dir)[0]
+            run_dir = self.ranks.gather(make_fresh_folder() if self.ranks.is_main else Path())[0]
         self.run_dir = Path(run_dir)
         self.ledger = ledger
         self.checkpoints = CheckpointFolder(self.run_dir / CHECKPOINTS, config.keep_checkpoints)
@@ -208,7 +205,7 @@ class Trainer:
         return self._result()
 
     def _open_log(self) -> RunLog:
-        options: Any = {"log": self.config.log, "settings": {**to_mapping(self.config), **self._metadata}}
+        options: Any = {"logger": self.config.logger, "settings": {**to_mapping(self.config), **self._metadata}}
         return RunLog(self.run_dir, self.model.head_names, self.total_steps, self.step, **options)
 
     def _run(self) -> None:

@@ -33,7 +33,8 @@ def start(world_size: int, command: Sequence[str], **options: Any) -> list[subpr
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    sizes = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    common = {**sizes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     environments = [{**os.environ, **common, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world_size)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
     return [subprocess.Popen([sys.executable, *command], env=each, **options) for each in environments]

@@ -57,7 +57,7 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> Stub:
 
 def test_it_gets_the_rows_of_the_run_under_the_same_names(tmp_path: Path, wandb: Stub) -> None:
     settings = {"lr": 0.001, "model": {"d_model": 8}}
-    with RunLog(tmp_path / "run", ("kind", "place"), total_steps=40, log="wandb", settings=settings) as log:
+    with RunLog(tmp_path / "run", ("kind", "place"), total_steps=40, logger="wandb", settings=settings) as log:
         log.write(ROW, [0.1, 0.2], {"loss": [0.4, 0.6], "top1": [0.5, 0.25]})
     (options,) = wandb.inits
     assert (options["project"], options["name"], options["dir"]) == ("eventkern", "run", str(tmp_path / "run"))
@@ -72,7 +72,7 @@ def test_it_gets_the_rows_of_the_run_under_the_same_names(tmp_path: Path, wandb:
 
 def test_a_resumed_run_keeps_its_id_and_another_has_its_own(tmp_path: Path, wandb: Stub) -> None:
     for folder, first_step in (("one", 0), ("one", 10), ("two", 0)):
-        with RunLog(tmp_path / folder, ("kind",), total_steps=40, first_step=first_step, log="wandb"):
+        with RunLog(tmp_path / folder, ("kind",), total_steps=40, first_step=first_step, logger="wandb"):
             pass
     first, resumed, other = (options["id"] for options in wandb.inits)
     assert first == resumed != other
@@ -80,14 +80,14 @@ def test_a_resumed_run_keeps_its_id_and_another_has_its_own(tmp_path: Path, wand
 
 
 def test_a_failed_run_is_shown_as_failed(tmp_path: Path, wandb: Stub) -> None:
-    with pytest.raises(FloatingPointError), RunLog(tmp_path, ("kind",), total_steps=40, log="wandb"):
+    with pytest.raises(FloatingPointError), RunLog(tmp_path, ("kind",), total_steps=40, logger="wandb"):
         raise FloatingPointError("step 3")
     assert wandb.exit_codes == [1]
 
 
 def test_histograms(tmp_path: Path, wandb: Stub) -> None:
     model = torch.nn.Linear(2, 1, bias=False)
-    with RunLog(tmp_path, ("kind",), total_steps=40, log="wandb") as log:
+    with RunLog(tmp_path, ("kind",), total_steps=40, logger="wandb") as log:
         log.write_histograms(10, model)
     (logged,) = wandb.logged
     assert logged.pop("step") == 10
@@ -104,13 +104,13 @@ def test_it_is_not_touched_unless_asked_for(tmp_path: Path, wandb: Stub) -> None
 
 def test_a_refusal_is_one_line(tmp_path: Path, wandb: Stub) -> None:
     wandb.refusal = wandb.Error("No API key configured.\n Use `wandb login`")
-    wanted = r"^log is 'wandb', which does not start: No API key configured. Use `wandb login` \(WANDB_MODE=offline "
+    wanted = r"^logger is 'wandb', which does not start: No API key configured. Use `wandb login` \(WANDB_MODE=offline "
     with pytest.raises(ConfigError, match=wanted):
-        RunLog(tmp_path, ("kind",), total_steps=40, log="wandb")
+        RunLog(tmp_path, ("kind",), total_steps=40, logger="wandb")
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(boards, "has", lambda package: package != "wandb")
     boards.require_board("none")
-    with pytest.raises(ConfigError, match="log is 'wandb', but the package is not installed: pip install wandb"):
+    with pytest.raises(ConfigError, match="logger is 'wandb', but the package is not installed: pip install wandb"):
         boards.require_board("wandb")

@@ -61,13 +61,30 @@ def test_a_precision_that_a_device_lacks_is_named(
 
 def test_tf32_is_set_inside_alone() -> None:
     settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    settings += (torch.backends.mkldnn.matmul,)
     before = [setting.fp32_precision for setting in settings]
     with float32_products("tf32"):
-        assert [setting.fp32_precision for setting in settings] == ["tf32"] * 3
+        assert [setting.fp32_precision for setting in settings[:3]] == ["tf32"] * 3
+        # inductor's autotuning asks the one, kernels of others the other; torch raises where they do not agree
+        assert torch.get_float32_matmul_precision() == "high"
+        assert torch.backends.cuda.matmul.allow_tf32
     assert [setting.fp32_precision for setting in settings] == before
+    assert torch.get_float32_matmul_precision() == "highest"
     assert before[0] != "tf32"
     with float32_products("bf16"):
         assert [setting.fp32_precision for setting in settings] == before
+
+
+def test_tf32_leaves_a_setting_of_the_users_own() -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        with float32_products("tf32"):
+            assert torch.get_float32_matmul_precision() == "high"
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
 
 
 def test_autocast_computes_products_in_half_precision() -> None:

@@ -44,6 +44,7 @@ def read(run_dir: Path) -> dict[str, Any]:
 
 def test_a_run_is_told_with_all_its_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir = tmp_path / "run"
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for step, command in ((0, ["eventkern", "train", "my run"]), (7, ["again"]), (9, ["and again"])):
         monkeypatch.setattr(sys, "orig_argv", command)
         room.record_run(run_dir, {"lr": 0.5, "model": {"d_model": step}}, precision="bf16", seed=3, from_step=step)
@@ -53,17 +54,7 @@ def test_a_run_is_told_with_all_its_attempts(tmp_path: Path, monkeypatch: pytest
     assert [each["command"] for each in (*earlier, attempt)] == ["eventkern train 'my run'", "again", "'and again'"]
     for each in (*earlier, attempt):
         assert each.keys() == attempt.keys() > room.environment().keys()
-        assert (each["host"], each["world_size"]) == (socket.gethostname(), 1)
+        assert (each["host"], each["world_size"]) == (socket.gethostname(), 2)
         assert (each["precision"], each["seed"]) == ("bf16", 3)
     assert tomllib.loads((run_dir / "config.toml").read_text()) == {"lr": 0.5, "model": {"d_model": 9}}
     assert sorted(path.name for path in run_dir.iterdir()) == ["config.toml", "environment.json"]
-
-
-def test_rank_0_tells_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
-    room.record_run(tmp_path / "run", {})
-    assert not (tmp_path / "run").exists()
-    monkeypatch.setenv("RANK", "0")
-    room.record_run(tmp_path / "run", {})
-    assert read(tmp_path / "run")["world_size"] == 2

@@ -104,15 +104,20 @@ def test_histograms_of_weights_and_gradients(tmp_path: Path) -> None:
     assert (gradients.histogram_value.min, gradients.histogram_value.max) == (-7.0, -7.0)
 
 
-def test_a_resumed_log_hides_what_came_after_the_checkpoint(tmp_path: Path) -> None:
-    for first_step, steps, loss in ((0, (10, 20, 30), 1.0), (20, (30, 40), 2.0)):
-        with RunLog(tmp_path, ("kind",), total_steps=40, first_step=first_step) as log:
+@pytest.mark.parametrize("first_step", [0, 20])  # 0: the attempt before died without a checkpoint
+def test_a_resumed_log_hides_what_came_after_the_checkpoint(tmp_path: Path, first_step: int) -> None:
+    attempts = (0, (10, 20, 30), 1.0), (first_step, (30, 40), 2.0)
+    for attempt, (first, steps, loss) in enumerate(attempts):
+        with RunLog(tmp_path, ("kind",), total_steps=40, first_step=first) as log:
             for step in steps:
                 log.write(row(step), [loss])
-        time.sleep(1.1 if first_step == 0 else 0)  # TensorBoard names and orders its files by the second
-    assert [entry["step"] for entry in read_metrics(tmp_path / "metrics.jsonl")] == [10, 20, 30, 40]
+        time.sleep(0 if attempt else 1.1)  # TensorBoard names and orders its files by the second
+    wanted = [(10, 1.0), (20, 1.0)] if first_step else []
+    wanted += [(30, 2.0), (40, 2.0)]
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(entry["step"], entry["loss/kind"]) for entry in rows] == wanted
     events = EventAccumulator(str(tmp_path)).Reload().Scalars("loss/kind")
-    assert [(event.step, event.value) for event in events] == [(10, 1.0), (20, 1.0), (30, 2.0), (40, 2.0)]
+    assert [(event.step, event.value) for event in events] == wanted
 
 
 def test_cutting_drops_later_rows_and_an_unfinished_line(tmp_path: Path) -> None:

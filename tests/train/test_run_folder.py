@@ -10,14 +10,24 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from eventkern.train import ConfigError, Trainer, TrainerConfig
+from eventkern.train import run_folder as room
 from eventkern.train.checkpoint import CheckpointFolder
-from eventkern.train.run_folder import LOCK_FILE, find_run, fresh_folder, locked
+from eventkern.train.run_folder import (
+    LOCK_FILE,
+    InUseError,
+    find_run,
+    found_and_locked,
+    fresh_folder,
+    locked,
+    make_fresh_folder,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +73,12 @@ def test_auto_takes_the_newest_run_of_the_configuration() -> None:
     assert find_run("none", resume="auto")[1] is None
 
 
+def test_a_name_with_brackets_is_found_again() -> None:
+    newest = make_run("runs/20250102-000000-a[1]*", 4)
+    make_run("runs/20250103-000000-a1", 5)
+    assert find_run("a[1]*", resume="auto") == (newest.parents[1], newest)
+
+
 def test_a_path_is_a_run_folder_or_a_checkpoint() -> None:
     mine = make_run("mine", 7)
     assert find_run("flights", resume="mine") == (Path("mine"), mine)
@@ -99,15 +115,10 @@ with locked(Path(sys.argv[1])):
 """
 
 
-def hold(run_dir: str, **environment: str) -> subprocess.Popen[str]:
+def hold(run_dir: str) -> subprocess.Popen[str]:
     """Another process that holds the lock until its input ends."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, run_dir],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **environment},
-    )
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", HOLD, run_dir], stdin=pipe, stdout=pipe, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "locked\n"
     return process
@@ -128,6 +139,65 @@ def test_a_folder_in_use_is_refused_until_its_process_ends() -> None:
     assert os.listdir("mine") == ["metrics.jsonl"]
     with locked(Path("mine")):
         assert json.loads(Path("mine", LOCK_FILE).read_text())["pid"] == os.getpid()
+
+
+@pytest.fixture
+def meanwhile(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Path], object]], None]:
+    """Has another process do something in the folder between the look and the lock."""
+
+    def have(action: Callable[[Path], object]) -> None:
+        actions = [action]
+
+        def late(folder: Path) -> Any:
+            if actions:
+                actions.pop()(folder)
+            return locked(folder)
+
+        monkeypatch.setattr(room, "locked", late)
+
+    return have
+
+
+def test_a_run_that_came_between_the_look_and_the_lock_is_seen(meanwhile: Any) -> None:
+    meanwhile(lambda folder: make_run(str(folder), 7))
+    with pytest.raises(ConfigError, match="mine: holds checkpoints of a run"), found_and_locked("x", Path("mine")):
+        pass
+    assert os.listdir("mine") == ["checkpoints"]
+    meanwhile(lambda folder: make_run(str(folder), 9))
+    with found_and_locked("x", Path("mine"), "auto") as (folder, checkpoint):
+        assert (folder, checkpoint) == (Path("mine"), Path("mine/checkpoints/step-00000009.pt"))
+
+
+@pytest.mark.parametrize("is_over", [True, False])
+@pytest.mark.parametrize("resume", [None, "auto"])
+def test_two_starts_of_one_second_have_two_folders(meanwhile: Any, is_over: bool, resume: str | None) -> None:
+    others: list[Path] = []
+    descriptors: list[int] = []
+
+    def start(folder: Path) -> None:
+        others.append(folder)
+        folder.mkdir(parents=True)
+        descriptors.append(os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT))
+        fcntl.flock(descriptors[0], fcntl.LOCK_EX)
+        if is_over:
+            (folder / "config.toml").touch()
+            os.close(descriptors.pop())
+
+    meanwhile(start)
+    with found_and_locked("flights", resume=resume) as (folder, checkpoint):
+        assert [folder, *others] == sorted({folder, *others}, reverse=True)
+        assert (os.listdir(folder), checkpoint) == ([LOCK_FILE], None)
+    assert not folder.exists()
+    if not is_over:
+        with pytest.raises(InUseError, match=f"{others[0]}: in use by"), found_and_locked("flights", others[0]):
+            pass
+        os.close(descriptors.pop())
+
+
+def test_a_folder_that_another_has_made_meanwhile_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = iter(["runs/1", "runs/1", "runs/2"])
+    monkeypatch.setattr(room, "fresh_folder", lambda: Path(next(names)))
+    assert [make_fresh_folder() for _ in range(2)] == [Path("runs/1"), Path("runs/2")]
 
 
 def test_a_trainer_keeps_out_of_a_folder_in_use(tiny: Any) -> None:
@@ -178,16 +248,6 @@ def test_folders_made_for_nothing_go_and_others_stay() -> None:
     with pytest.raises(KeyboardInterrupt), locked(Path("new")):
         raise KeyboardInterrupt
     assert not Path("new").exists()
-
-
-def test_rank_0_holds_the_lock_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    with hold("mine", RANK="0"):
-        monkeypatch.setenv("RANK", "1")
-        with locked(Path("mine")):
-            pass
-        monkeypatch.setenv("RANK", "0")
-        with pytest.raises(ConfigError, match="in use by"), locked(Path("mine")):
-            pass
 
 
 def test_a_lock_file_that_its_holder_has_just_removed_is_no_lock(monkeypatch: pytest.MonkeyPatch) -> None:
