@@ -73,3 +73,16 @@ def assert_accurate() -> Callable[..., None]:
         assert error <= 4 * own_error + floor, f"error {error:.3e}, torch's own {own_error:.3e}, floor {floor:.3e}"
 
     return judge
+
+
+@pytest.fixture(scope="session")
+def visits_schema() -> Callable[..., str]:
+    """The TOML of a schema of visits, of which each category is an id; validation begins at `split`."""
+
+    def text(split: str, *categories: str) -> str:
+        streams = '{ name = "person", entity = "person" }, { name = "time", entity = "all" }'
+        head = ['name = "visits"', 'timestamp = "when"', 'timezone = "UTC"', 'key = "person"', f'split = "{split}"']
+        tables = [f'\n[[categories]]\nname = "{name}"\nkind = "id"' for name in categories]
+        return "\n".join([*head, f"streams = [{streams}]", *tables]) + "\n"
+
+    return text

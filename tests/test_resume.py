@@ -5,7 +5,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -14,22 +14,6 @@ from eventkern.cli import main
 from eventkern.data import EventBatch, EventLoader, EventStore
 from eventkern.train.checkpoint import load_checkpoint
 
-SCHEMA = """
-name = "visits"
-timestamp = "when"
-timezone = "UTC"
-key = "person"
-split = "2024-03-15"
-streams = [{ name = "person", entity = "person" }, { name = "time", entity = "all" }]
-
-[[categories]]
-name = "ticket"
-kind = "id"
-
-[[categories]]
-name = "person"
-kind = "id"
-"""
 CONFIG = """
 src_seq_len = 4
 tgt_seq_len = 3
@@ -76,7 +60,7 @@ sys.exit(main(sys.argv[4:]))
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visits_schema: Callable[..., str]) -> Path:
     """A folder with a store of 400 visits and a configuration, to work in."""
     monkeypatch.chdir(tmp_path)
     draw = random.Random(3)
@@ -85,7 +69,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         lines.append(f"2024-{1 + number // 112:02}-{1 + number % 112 // 4:02}T{number % 4 * 6:02}:00:00,t{number},")
         lines[-1] += f"p{draw.randrange(6)}"
     Path("visits.csv").write_text("\n".join(lines) + "\n")
-    Path("visits.toml").write_text(SCHEMA)
+    Path("visits.toml").write_text(visits_schema("2024-03-15", "ticket", "person"))
     Path("small.toml").write_text(CONFIG)
     assert main(["prepare", "visits.csv", "--schema", "visits.toml", "--out", "store"]) == 0
     return tmp_path

@@ -1,9 +1,13 @@
-"""A small table of visits in CSV, its schema, and what a test asks of a store of it."""
+"""Small tables of visits and of a shop, what a test asks of a store of them, and the keys of an order."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from eventkern.data.prepare import prepare
@@ -75,3 +79,71 @@ def decoded() -> Callable[[EventStore, str], list[str]]:
 def left_in() -> Callable[[Path], list[str]]:
     """Names of the files in a folder."""
     return lambda folder: sorted(file.name for file in folder.iterdir())
+
+
+@pytest.fixture(scope="session")
+def write_shop() -> Callable[..., EventStore]:
+    """Prepare a table of these customers and times, around the split at second 300, into a folder's `store`."""
+    schema = Schema(
+        name="shop",
+        timestamp="at",
+        timezone="UTC",
+        categories=(
+            Category("who", "id"),
+            Category("where", "id"),
+            Category("paid", "flag"),
+            Category("hour", "time", "at", field="hour"),
+        ),
+        streams=(Stream("mine", "who"), Stream("there", "where"), Stream("all")),
+        key="who",
+        split="1970-01-01T00:05:00",
+    )
+
+    def write(
+        folder: Path, who: list[Any], seconds: list[int], uniform_sizes: bool = False, **options: Any
+    ) -> EventStore:
+        columns = {
+            "at": pa.array(np.array(seconds, "datetime64[s]")),
+            "who": who,
+            "where": [f"w{second % 3}" for second in seconds],
+            "paid": [second % 2 == 0 for second in seconds],
+        }
+        pq.write_table(pa.table(columns), folder / "table.parquet")
+        prepare(folder / "table.parquet", replace(schema, uniform_sizes=uniform_sizes), folder / "store", **options)
+        return EventStore.open(folder / "store")
+
+    return write
+
+
+@pytest.fixture
+def store(tmp_path: Path, write_shop: Callable[..., EventStore]) -> EventStore:
+    """401 events around the split at second 300; some keys live in one period only, some rows have none."""
+    random = np.random.default_rng(0)
+    seconds = random.integers(0, 400, 400)
+    who = [
+        None if w == 0 else f"k{w + (t > 300) * 5}" for w, t in zip(random.integers(0, 30, 400), seconds, strict=True)
+    ]
+    return write_shop(tmp_path, [*who, "late"], [*seconds.tolist(), 399])
+
+
+@pytest.fixture(scope="session")
+def round_keys() -> Callable[..., list[int]]:
+    """The keys of the first rounds of version 1 of `permutation`: a hash of the words, one inside the other."""
+
+    def splitmix64(state: int) -> int:
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        state = (state ^ state >> 27) * 0x94D049BB133111EB % 2**64
+        return state ^ state >> 31
+
+    def keys(num_rounds: int, n: int, seed: int, epoch: int, part: int) -> list[int]:
+        state = 0
+        for word in (n, seed, epoch, part):
+            state = splitmix64(state ^ word)
+        found = []
+        for _ in range(num_rounds):
+            state = splitmix64(state)
+            found.append(state >> 32)
+        return found
+
+    return keys

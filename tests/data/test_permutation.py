@@ -28,15 +28,8 @@ class Definition(NamedTuple):
     keys: list[int]
 
     @classmethod
-    def of(cls, n: int, seed: int, epoch: int, part: int) -> "Definition":
+    def of(cls, n: int, keys: list[int]) -> "Definition":
         domain_bits = max((n - 1).bit_length(), 8)
-        state = 0
-        for word in (n, seed, epoch, part):
-            state = splitmix64(state ^ word)
-        keys = []
-        for _ in range(8):
-            state = splitmix64(state)
-            keys.append(state >> 32)
         return cls(n, domain_bits // 2, domain_bits - domain_bits // 2, keys)
 
     def once(self, value: int, direction: int) -> int:
@@ -64,13 +57,6 @@ class Definition(NamedTuple):
         return value
 
 
-def splitmix64(state: int) -> int:
-    state = (state + 0x9E3779B97F4A7C15) % 2**64
-    state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-    state = (state ^ state >> 27) * 0x94D049BB133111EB % 2**64
-    return state ^ state >> 31
-
-
 def is_bijection(values: torch.Tensor) -> bool:
     return np.array_equal(np.bincount(values.numpy(), minlength=len(values)), np.ones(len(values)))
 
@@ -86,7 +72,7 @@ def test_around_a_power_of_two_it_is_a_bijection(bits):
 
 
 @pytest.mark.parametrize("n", SIZES)
-def test_it_is_its_definition(n):
+def test_it_is_its_definition(n, round_keys):
     """At the start, in the middle and at the end, of slices that no whole number of vectors fills; and backward, which
     no two positions of one value would allow."""
     generator = random.Random(n)
@@ -96,14 +82,14 @@ def test_it_is_its_definition(n):
             positions = range(start, min(n, start + count))
             out = torch.empty(len(positions), dtype=torch.int64)
             fill_permutation(out, n, seed=seed, epoch=epoch, start=start, part=part)
-            definition = Definition.of(n, seed, epoch, part)
+            definition = Definition.of(n, round_keys(8, n, seed, epoch, part))
             assert out.tolist() == [definition.value_at(position) for position in positions]
             assert [definition.position_of(value) for value in out.tolist()] == list(positions)
 
 
 @pytest.mark.parametrize("n", [2**32 + 9_999, 2**47 + 1, 2**48])
-def test_slices_of_many_blocks_are_its_definition(n):
-    definition = Definition.of(n, 5, 1, 0)
+def test_slices_of_many_blocks_are_its_definition(n, round_keys):
+    definition = Definition.of(n, round_keys(8, n, 5, 1, 0))
     for start in (0, 2**32 - 5000, n - 10_000):
         values = permutation(n, seed=5, epoch=1, start=start, stop=start + 10_000)
         assert values.min() >= 0
@@ -234,6 +220,21 @@ def test_a_wrong_argument_of_permutation_is_named(arguments, message):
     n = arguments.pop("n")
     with pytest.raises(ValueError, match=message):
         permutation(n, **arguments)
+
+
+@pytest.mark.parametrize("name", ["n", "seed", "epoch", "start", "stop"])
+@pytest.mark.parametrize("value", [3.0, "3", None, torch.tensor([1, 2])])
+def test_an_argument_that_is_no_integer_is_named(name, value):
+    arguments = {"n": 5, "seed": 0, name: value}
+    if (name, value) == ("stop", None):
+        return
+    with pytest.raises(TypeError, match=f"^{name} is .*; want an integer$"):
+        permutation(arguments.pop("n"), **arguments)
+
+
+def test_an_integer_of_any_kind_is_one():
+    integers = {"seed": np.uint64(2**64 - 1), "epoch": torch.tensor(3), "start": np.int32(1), "stop": True + 3}
+    assert permutation(np.int64(5), **integers).equal(permutation(5, seed=2**64 - 1, epoch=3, start=1, stop=4))
 
 
 @pytest.mark.gpu

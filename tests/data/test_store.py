@@ -1,67 +1,16 @@
 import itertools
-import json
-import os
 import pickle
-import shutil
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
-from eventkern.data import entity_index
-from eventkern.data import store as store_module
-from eventkern.data.prepare import prepare
-from eventkern.data.schema import Category, DataError, Schema, Stream
+from eventkern.data.schema import DataError
 from eventkern.data.store import EventStore, Split
-
-SPLIT = "1970-01-01T00:05:00"
-SCHEMA = Schema(
-    name="shop",
-    timestamp="at",
-    timezone="UTC",
-    categories=(
-        Category("who", "id"),
-        Category("where", "id"),
-        Category("paid", "flag"),
-        Category("hour", "time", "at", field="hour"),
-    ),
-    streams=(Stream("mine", "who"), Stream("there", "where"), Stream("all")),
-    key="who",
-    split=SPLIT,
-)
-
-
-def write(tmp_path: Path, who: list[Any], seconds: list[int], schema: Schema = SCHEMA, **options: Any) -> EventStore:
-    table = pa.table(
-        {
-            "at": pa.array(np.array(seconds, "datetime64[s]")),
-            "who": who,
-            "where": [f"w{second % 3}" for second in seconds],
-            "paid": [second % 2 == 0 for second in seconds],
-        }
-    )
-    pq.write_table(table, tmp_path / "table.parquet")
-    prepare(tmp_path / "table.parquet", schema, tmp_path / "store", **options)
-    return EventStore.open(tmp_path / "store")
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> EventStore:
-    """401 events around the split at second 300; some keys live in one period only, some rows have none."""
-    random = np.random.default_rng(0)
-    seconds = random.integers(0, 400, 400)
-    who = [
-        None if w == 0 else f"k{w + (t > 300) * 5}" for w, t in zip(random.integers(0, 30, 400), seconds, strict=True)
-    ]
-    return write(tmp_path, [*who, "late"], [*seconds.tolist(), 399])
 
 
 def positions_by_key(store: EventStore) -> list[list[int]]:
@@ -147,8 +96,8 @@ def test_sizes(store: EventStore) -> None:
     assert store.sizes(4) == (4, 4, 4, 26)  # only identifiers are cut
 
 
-def test_uniform_sizes(tmp_path: Path) -> None:
-    store = write(tmp_path, list("abab"), [1, 2, 301, 302], replace(SCHEMA, uniform_sizes=True))
+def test_uniform_sizes(tmp_path: Path, write_shop: Callable[..., EventStore]) -> None:
+    store = write_shop(tmp_path, list("abab"), [1, 2, 301, 302], uniform_sizes=True)
     assert store.sizes(1000) == (1000,) * 4
     assert store.sizes(3) == (3,) * 4
     oov = {category["name"]: category["oov"] for category in store.info["categories"]}
@@ -213,192 +162,17 @@ def test_a_pickled_store_maps_the_same_file(store: EventStore) -> None:
     assert np.array_equal(pickle.loads(pickled).codes, store.codes)
 
 
-def test_floor(tmp_path: Path) -> None:
+def test_floor(tmp_path: Path, write_shop: Callable[..., EventStore]) -> None:
     floors = {3: [0.1, 0.2, 0.3, 0.4], 1000: [1, 2, 3, 4]}
-    store = write(tmp_path, list("abab"), [1, 2, 301, 302], floor=floors)
+    store = write_shop(tmp_path, list("abab"), [1, 2, 301, 302], floor=floors)
     assert store.floor(3) is not None
     assert store.floor(3).tolist() == floors[3]
     assert store.floor(1000).tolist() == store.floor(5000).tolist() == floors[1000]  # neither cuts a class
     assert store.floor(4) is None
     with pytest.raises(ValueError, match=r"floor\[3\] holds 1 values for 4 categories"):
-        write(tmp_path, list("abab"), [1, 2, 301, 302], floor={3: [1.0]}, overwrite=True)
-    store = write(tmp_path, list("abab"), [1, 2, 301, 302], floor=lambda s: {3: s.class_sizes}, overwrite=True)
+        write_shop(tmp_path, list("abab"), [1, 2, 301, 302], floor={3: [1.0]}, overwrite=True)
+    store = write_shop(tmp_path, list("abab"), [1, 2, 301, 302], floor=lambda s: {3: s.class_sizes}, overwrite=True)
     assert store.floor(3).tolist() == list(store.class_sizes)
-
-
-def edit(store: EventStore, **changes: Any) -> None:
-    file = store.path / "store.json"
-    file.write_text(json.dumps({key: value for key, value in {**store.info, **changes}.items() if value is not None}))
-
-
-def edit_codes(store: EventStore, **changes: Any) -> None:
-    codes, *others = store.info["sections"]
-    edit(store, sections=[{**codes, **changes}, *others])
-
-
-def set_code(store: EventStore, row: int, column: int, code: int) -> None:
-    section = store.sections["codes"]
-    section.map(store.path / "store.bin", "r+")[row, column] = code
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda s: (s.path / "store.json").unlink(), r"store: holds no event store \(no store.json\); make one with"),
-        (lambda s: (s.path / "store.json").write_text('{"format": '), r"store.json: damaged, not JSON \(.*prepare"),
-        (lambda s: (s.path / "store.json").write_text("[1]"), "store.json: is not of an event store"),
-        (lambda s: edit(s, format="other"), "store.json: is not of an event store"),
-        (lambda s: edit(s, format_version=2), "store.json: key 'format_version' is 2; this eventkern reads 1; prepare"),
-        (lambda s: edit(s, sections=None), "store.json: key 'sections' is missing: damaged; prepare"),
-        (lambda s: edit(s, sections=[{}]), "store.json: damaged .*; prepare"),
-        (lambda s: edit(s, checksum={}), r"store.json: damaged \(KeyError: 'sizes'\); prepare"),
-        (lambda s: edit(s, checksum=[]), "store.json: damaged .*; prepare"),
-        (lambda s: edit(s, num_events="abc"), r"store.json: damaged \(ValueError: .*'abc'\); prepare"),
-        (lambda s: edit(s, schema=[]), "store.json: damaged .*; prepare"),
-        (lambda s: edit(s, categories=[{"size": "big"}] * 4), r"store.json: damaged \(ValueError: .*'big'\); prepare"),
-        (lambda s: edit(s, categories=s.info["categories"][:3]), "store.json: damaged .*; prepare"),
-        (lambda s: edit_codes(s, dtype="bogus"), r"store.json: damaged \(TypeError: .*bogus.*\); prepare"),
-        (lambda s: edit_codes(s, dtype="float64"), "store.json: its sizes were changed .*; prepare"),
-        (lambda s: edit_codes(s, shape=[0, 0]), "store.json: .*; prepare"),
-        (lambda s: edit_codes(s, shape="x"), "store.json: damaged .*; prepare"),
-        (lambda s: edit_codes(s, shape=[-1, 4]), "store.json: damaged .*; prepare"),
-        (lambda s: edit_codes(s, offset=-4096), "store.json: damaged .*; prepare"),
-        (lambda s: edit(s, split_row=7), "store.json: its sizes were changed after it was written; prepare"),
-        (lambda s: (s.path / "store.bin").unlink(), "store.bin: no such file; prepare"),
-        (
-            lambda s: set_code(s, 17, 2, 9),
-            "store.bin: row 17 holds code 9 in category 'paid', which has 4 classes; prep",
-        ),
-        (
-            lambda s: set_code(s, 400, 3, 26),
-            "store.bin: row 400 holds code 26 in category 'hour', which has 26 classes",
-        ),
-    ],
-)
-def test_a_damaged_store_is_named_in_one_line(store: EventStore, damage: Any, message: str) -> None:
-    damage(store)
-    with pytest.raises(DataError, match=message) as caught:
-        EventStore.open(store.path)
-    assert "\n" not in str(caught.value)
-
-
-DAMAGED_INDEXES = {
-    "first offset": ("offsets", 0, 1, "'offsets:who' does not begin with 0"),
-    "offsets back": ("offsets", 3, 1 << 60, "'offsets:who' decreases after entity 3"),
-    "offsets back at the end": ("offsets", -1, 0, "'offsets:who' decreases after entity 33"),
-    "last offset": ("offsets", -1, 1 << 60, "'offsets:who' ends with 1152921504606846976 where 390 rows are listed"),
-    "entity": ("entity_of_row", 7, 34, "'entity_of_row:who' holds 34 at row 7, and there are 34 entities"),
-    "negative entity": ("entity_of_row", 400, -2, "'entity_of_row:who' holds -2 at row 400, and there are 34 entities"),
-    "no entity": ("entity_of_row", 17, -1, "'rows:who' lists 390 rows where 389 have an entity"),
-    "row": ("rows", 10, 401, "'rows:who' holds 401 at position 10, and there are 401 events"),
-    "negative row": ("rows", 10, -1, "'rows:who' holds -1 at position 10, and there are 401 events"),
-    "another's row": ("rows", 0, None, "'rows:who' holds .* at position 0, a row of another entity"),
-    "row twice": ("rows", 1, None, "'rows:who' holds .* at position 1, out of time order"),
-}
-
-
-@pytest.mark.parametrize("block_rows", [1, 2, 7, 1 << 14])
-@pytest.mark.parametrize("damage", DAMAGED_INDEXES)
-def test_a_damaged_index_is_named_before_it_is_read(
-    store: EventStore, monkeypatch: pytest.MonkeyPatch, damage: str, block_rows: int
-) -> None:
-    monkeypatch.setattr(entity_index, "BLOCK_ROWS", block_rows)
-    monkeypatch.setattr(store_module, "CHECKED_AT_OPEN_BYTES", 0)  # a large store: nobody reads it whole
-    assert EventStore.open(store.path).index("who").offsets[-1] == 390
-    part, place, value, message = DAMAGED_INDEXES[damage]
-    section = store.sections[f"{part}:who"].map(store.path / "store.bin", "r+")
-    section[place] = {"another's row": section[-1], "row twice": section[0]}.get(damage, value)
-    damaged = EventStore.open(store.path)
-    with pytest.raises(DataError, match=f"store.bin: section {message}: damaged; prepare the store again") as caught:
-        damaged.anchors("train", 20)
-    assert "\n" not in str(caught.value)
-    assert damaged.index("where").offsets[-1] == 401  # what is whole stays readable
-
-
-def test_a_size_made_too_small_names_the_category(store: EventStore) -> None:
-    categories = [dict(category) for category in store.info["categories"]]
-    categories[1]["size"] = 4
-    edit(store, categories=categories)
-    with pytest.raises(DataError, match="holds code 4 in category 'where', which has 4 classes"):
-        EventStore.open(store.path)
-
-
-@pytest.mark.parametrize("num_bytes", [0, 100, -1])
-def test_a_truncated_store_is_refused(store: EventStore, num_bytes: int) -> None:
-    binary = store.path / "store.bin"
-    content = binary.read_bytes()
-    binary.write_bytes(content[:num_bytes])
-    with pytest.raises(DataError, match=f"store.bin: holds .* bytes where store.json says {len(content)}: truncated"):
-        EventStore.open(store.path)
-
-
-CHANGED = r"store.bin: its checksum differs from the one in store.json: damaged; prepare"
-
-
-@pytest.mark.parametrize("name", ["codes", "timestamps", "entity_of_row:who", "offsets:where", "rows:who"])
-def test_a_change_of_any_byte_is_seen_at_open(store: EventStore, name: str) -> None:
-    EventStore.open(store.path)
-    section = store.sections[name].map(store.path / "store.bin", "r+")
-    if name == "codes":
-        section[7, 2] = 2 + 3 - section[7, 2]  # the other class of a flag: one that is in range
-    else:
-        section[3] += 1
-    with pytest.raises(DataError, match=CHANGED):
-        EventStore.open(store.path)
-
-
-def test_a_large_store_is_read_whole_when_asked(store: EventStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    size = (store.path / "store.bin").stat().st_size
-    store.sections["timestamps"].map(store.path / "store.bin", "r+")[3] += 1
-    monkeypatch.setattr(store_module, "CHECKED_AT_OPEN_BYTES", size - 1)
-    EventStore.open(store.path)
-    with pytest.raises(DataError, match=CHANGED):
-        EventStore.open(store.path, verify=True)
-    set_code(store, 17, 2, 9)
-    with pytest.raises(DataError, match="row 17 holds code 9"):
-        EventStore.open(store.path)
-    monkeypatch.setattr(store_module, "CHECKED_AT_OPEN_BYTES", 17 * store.codes[:1].nbytes)
-    EventStore.open(store.path)  # row 17 lies beyond what is checked
-    with pytest.raises(DataError, match="row 17 holds code 9"):
-        EventStore.open(store.path, verify=True)
-
-
-def shorten(binary: Path) -> None:
-    os.truncate(binary, binary.stat().st_size - 1)
-
-
-def touch(binary: Path) -> None:
-    os.utime(binary, ns=(0, binary.stat().st_mtime_ns + 1))
-
-
-def replace_by_a_copy(binary: Path) -> None:
-    shutil.copy2(binary, binary.with_suffix(".copy"))
-    binary.with_suffix(".copy").replace(binary)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (shorten, r"changed since it was opened \(bytes: (\d+) then, \d+ now\); open it again"),
-        (touch, r"changed since it was opened \(time of change: "),
-        (replace_by_a_copy, r"changed since it was opened \(file: "),
-        (Path.unlink, "is gone since it was opened"),
-    ],
-)
-def test_a_change_after_the_opening_is_named(store: EventStore, change: Callable[[Path], None], message: str) -> None:
-    store.check_unchanged()
-    change(store.path / "store.bin")
-    with pytest.raises(DataError, match=f"store.bin: {message}"):
-        store.check_unchanged()
-
-
-def test_a_store_stays_one_file_when_another_takes_its_name(store: EventStore) -> None:
-    timestamps = store.timestamps.copy()
-    opened = EventStore.open(store.path)
-    assert opened.codes.tolist() == store.codes.tolist()
-    (store.path / "store.bin").rename(store.path / "old.bin")
-    (store.path / "store.bin").write_bytes(bytes((store.path / "old.bin").stat().st_size))
-    assert opened.timestamps.tolist() == timestamps.tolist()  # a section that nobody had asked for
 
 
 def test_no_such_folder(tmp_path: Path) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from eventkern.train import Loaders, Trainer, TrainerConfig
 
 NUM_CLASSES = (5, 7)
 WIDTH = 6
@@ -78,6 +82,22 @@ class PlainModel(TinyModel):
         return self.losses(batch)
 
 
+class ScriptedModel(TinyModel):
+    """Validation losses by script, one for each evaluation."""
+
+    def __init__(self, totals: Iterable[float], before_forward: Callable[[int], None] | None = None) -> None:
+        super().__init__(before_forward=before_forward)
+        self.totals = iter(totals)
+
+    def train(self, mode: bool = True) -> ScriptedModel:
+        if not mode:
+            self.total = next(self.totals)
+        return super().train(mode)
+
+    def metrics(self, batch: TinyBatch) -> dict[str, Tensor]:
+        return {"loss": torch.tensor([self.total - 1, 1.0]), "top1": torch.tensor([0.5, 0.25])}
+
+
 @dataclass
 class TinyLoader:
     """Windows of 1 to 5 labels, right-padded, in an order that (seed, epoch) alone decides, shared among ranks."""
@@ -132,14 +152,57 @@ class TinyLoader:
         self.position = self.resume_position = state["position"]
 
 
+CONFIG = TrainerConfig(
+    compile="off", epochs=3, batch_size=6, lr=0.01, schedule="constant", device="cpu", precision="fp32", log_every=1
+)
+
+
+def make_trainer(run_dir: Path, model: Any = None, *, loader: Any = None, **keys: Any) -> Trainer:
+    """Of 22 samples, 4 steps of CONFIG an epoch; 9 other samples validate."""
+    config = TrainerConfig(**{**vars(CONFIG), **keys})
+    train = TinyLoader(config.batch_size, device=config.device) if loader is None else loader
+    loaders = Loaders(train, TinyLoader(4, num_samples=9, seed=1, device=config.device))
+    return Trainer(model or TinyModel(), config, loaders, run_dir=run_dir, resume_command="eventkern train on")
+
+
+def read_rows(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
 @pytest.fixture
 def tiny() -> Any:
-    """The classes above, for tests that cannot import a conftest."""
+    """What is above, for tests that cannot import a conftest."""
 
     class Tiny:
         Model = TinyModel
         Plain = PlainModel
+        Scripted = ScriptedModel
         Loader = TinyLoader
         classes = NUM_CLASSES
+        config = CONFIG
+        trainer = staticmethod(make_trainer)
+        rows_of = staticmethod(read_rows)
 
     return Tiny
+
+
+@pytest.fixture(scope="session")
+def assert_same() -> Callable[..., None]:
+    """Judge two states of tensors and plain values: bitwise the same, or told where not."""
+
+    def judge(one: Any, other: Any, where: str = "state") -> None:
+        assert type(one) is type(other) or isinstance(one, dict), where
+        if isinstance(one, dict):
+            assert one.keys() == other.keys(), where
+            for key in one:
+                judge(one[key], other[key], f"{where}.{key}")
+        elif isinstance(one, list | tuple):
+            assert len(one) == len(other), where
+            for place, pair in enumerate(zip(one, other, strict=True)):
+                judge(*pair, f"{where}[{place}]")
+        elif isinstance(one, Tensor):
+            assert torch.equal(one, other), where
+        else:
+            assert one == other, where
+
+    return judge

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import resource
 import shutil
 import zipfile
 from pathlib import Path
@@ -14,9 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 
-from eventkern.train import CheckpointError
+from eventkern.train import CheckpointError, TrainerConfig
 from eventkern.train.checkpoint import (
     COMMENT_BYTES,
     CheckpointFolder,
@@ -256,3 +259,56 @@ def test_weights_of_another_model_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(CheckpointError, match=rf"some\.pt: parameter {message}.*; give the configuration"):
             load_weights(model, weights, path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("failing", ["checkpoint", "weights"])
+def test_a_write_that_fails_at_any_byte_leaves_no_trace(tmp_path: Path, share: float, failing: str) -> None:
+    # The weights are written as float64 here and are the larger file, or are few and the smaller one.
+    large, small = torch.zeros(40_000), torch.zeros(10)
+    model, rest = (large, small) if failing == "weights" else (small, large)
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    folder.save({"model": {"weight": model}, "rest": rest, "step": 1}, 1, is_best=True)
+    before = {path.name: path.read_bytes() for path in folder.path.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = int(share * large.numel() * large.element_size())
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(OSError, match=r"step-00000002\.pt.*: File too large: .* bytes wanted, .* free"):
+            folder.save({"model": {"weight": model + 1}, "rest": rest, "step": 2}, 2, is_best=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path.name: path.read_bytes() for path in folder.path.iterdir()} == before
+
+
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("intact") / "step-00000003.pt"
+    generator = torch.Generator().manual_seed(5)
+    save_checkpoint({"format": 1, "model": {"weight": torch.randn(300, generator=generator)}, "step": 3}, path)
+    return path
+
+
+@settings(max_examples=400, deadline=None)
+@given(data=st.data())
+def test_no_flipped_bit_and_no_cut_is_ever_loaded(intact: Path, data: st.DataObject) -> None:
+    content = bytearray(intact.read_bytes())
+    parts = {"header": (0, 200), "trailer": (len(content) - 120, len(content)), "anywhere": (0, len(content))}
+    start, end = parts[data.draw(st.sampled_from(sorted(parts)))]
+    place = data.draw(st.integers(start, end - 1))
+    if data.draw(st.booleans()):
+        content[place] ^= 1 << data.draw(st.integers(0, 7))
+        message = "damaged: its bytes do not have the checksum|truncated, or no checkpoint"
+    else:
+        del content[place:]
+        message = f"truncated, or no checkpoint: {place} bytes"
+    damaged = intact.with_name("damaged.pt")  # is no name of a checkpoint, so that intact is the one offered
+    damaged.write_bytes(content)
+    with pytest.raises(DamagedCheckpointError, match=rf"damaged\.pt: ({message}).*verifies is .*step-00000003\.pt$"):
+        load_checkpoint(damaged)
+
+
+def test_a_checkpoint_with_more_than_plain_values_is_refused(tmp_path: Path) -> None:
+    save_checkpoint({"format": 1, "model": TrainerConfig()}, tmp_path / "odd.pt")
+    with pytest.raises(CheckpointError, match=r"odd\.pt: is whole, but holds more than tensors and plain values; give"):
+        load_checkpoint(tmp_path / "odd.pt")

@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,6 @@ from eventkern.train.meter import MEASURED
 
 HERE = Path(__file__).parent
 ALONE = Ranks(torch.device("cpu"))
-STORE = """
-name = "visits"
-timestamp = "when"
-timezone = "UTC"
-key = "person"
-split = "2024-03-01"
-streams = [{ name = "person", entity = "person" }, { name = "time", entity = "all" }]
-categories = [{ name = "person", kind = "id" }, { name = "place", kind = "id" }]
-"""
 CONFIG = """
 src_seq_len = 4
 tgt_seq_len = 3
@@ -195,12 +186,12 @@ def test_a_plain_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visits_schema: Callable[..., str]) -> Path:
     """A folder with a small store and a configuration, the working directory."""
     monkeypatch.chdir(tmp_path)
     lines = [f"2024-{1 + n // 100:02d}-{1 + n // 4 % 25:02d}T{n % 4:02d}:00:00,p{n % 7},s{n % 5}" for n in range(400)]
     Path("visits.csv").write_text("\n".join(["when,person,place", *lines]) + "\n")
-    Path("visits.toml").write_text(STORE)
+    Path("visits.toml").write_text(visits_schema("2024-03-01", "person", "place"))
     Path("small.toml").write_text(CONFIG)
     assert main(["prepare", "visits.csv", "--schema", "visits.toml", "--out", "store"]) == 0
     return tmp_path

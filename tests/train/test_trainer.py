@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +13,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eventkern.train import CheckpointError, ConfigError, Ledger, Loaders, Trainer, TrainerConfig
+from eventkern.train import ConfigError, Ledger, Loaders, Trainer
 from eventkern.train.checkpoint import load_checkpoint
-from eventkern.train.meter import MEASURED
-
-BASE = TrainerConfig(
-    compile="off", epochs=3, batch_size=6, lr=0.01, schedule="constant", device="cpu", precision="fp32", log_every=1
-)
-
-
-def make_trainer(tiny: Any, run_dir: Path, model: Any = None, *, loader: Any = None, **keys: Any) -> Trainer:
-    config = TrainerConfig(**{**vars(BASE), **keys})
-    train = tiny.Loader(config.batch_size, device=config.device) if loader is None else loader
-    loaders = Loaders(train, tiny.Loader(4, num_samples=9, seed=1, device=config.device))
-    return Trainer(model or tiny.Model(), config, loaders, run_dir=run_dir, resume_command="eventkern train on")
-
-
-def rows_of(run_dir: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def step_gradients(trainer: Trainer, batches: list[Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -54,8 +37,8 @@ def test_accumulation_equals_one_large_batch(tiny: Any, tmp_path: Path, parts: t
     label_counts = [int(batch.num_targets) for batch in small]
     assert len({count / size for count, size in zip(label_counts, parts, strict=True)}) > 1  # unequal, else no test
 
-    one, loss_of_one = step_gradients(make_trainer(tiny, tmp_path, clip=0.0), [large])
-    many, loss_of_many = step_gradients(make_trainer(tiny, tmp_path, clip=0.0), small)
+    one, loss_of_one = step_gradients(tiny.trainer(tmp_path, clip=0.0), [large])
+    many, loss_of_many = step_gradients(tiny.trainer(tmp_path, clip=0.0), small)
     for name, gradient in one.items():
         # each element sums about 20 labels: a few roundings of the largest addend
         torch.testing.assert_close(
@@ -65,9 +48,9 @@ def test_accumulation_equals_one_large_batch(tiny: Any, tmp_path: Path, parts: t
 
 
 def test_clipping_bounds_the_step_and_logs_the_norm_before(tiny: Any, tmp_path: Path) -> None:
-    trainer = make_trainer(tiny, tmp_path, clip=0.25, max_steps=1)
+    trainer = tiny.trainer(tmp_path, clip=0.25, max_steps=1)
     clipped, _ = step_gradients(trainer, [trainer.loaders.train.batch([0, 1, 2])])  # type: ignore[attr-defined]
-    free, _ = step_gradients(make_trainer(tiny, tmp_path, clip=0.0), [tiny.Loader(6).batch([0, 1, 2])])
+    free, _ = step_gradients(tiny.trainer(tmp_path, clip=0.0), [tiny.Loader(6).batch([0, 1, 2])])
     norm = torch.stack([gradient.norm() for gradient in clipped.values()]).norm()
     norm_before = torch.stack([gradient.norm() for gradient in free.values()]).norm()
     assert norm_before > 0.5
@@ -85,7 +68,7 @@ def test_a_step_does_not_wait_for_the_device(tiny: Any, tmp_path: Path) -> None:
                 self.seen.append(str(func))
             return func(*args, **(kwargs or {}))
 
-    trainer = make_trainer(tiny, tmp_path, grad_accum=2, warmup_steps=2)
+    trainer = tiny.trainer(tmp_path, grad_accum=2, warmup_steps=2)
     batches = list(trainer.loaders.train)
     with Syncs() as syncs:
         for step in range(2):
@@ -95,134 +78,9 @@ def test_a_step_does_not_wait_for_the_device(tiny: Any, tmp_path: Path) -> None:
         assert syncs.seen  # the watch works
 
 
-RESUMES = {
-    "mid-epoch": ([2], {}),
-    "mid-accumulation-epoch": ([1], {"batch_size": 3, "grad_accum": 3}),
-    "mid-accumulation, then an epoch's short last step": ([2, 3], {"batch_size": 2, "grad_accum": 4}),
-    "epoch end": ([4], {}),
-    "twice": ([3, 7], {}),
-    "plateau": ([5], {"schedule": "plateau", "warmup_steps": 3, "evaluate_every": 2}),
-    "cosine": ([5], {"schedule": "cosine", "warmup_steps": 2, "save_every": 2}),
-    "restarts": ([5], {"schedule": "cosine_restarts", "restart_steps": 3, "warmup_steps": 2, "max_steps": 10}),
-    "linear": ([5], {"schedule": "linear", "max_steps": 10}),
-    "adam": ([6], {"optimizer": "adam", "weight_decay": 0.1, "keep_checkpoints": 3}),
-}
-
-
-@pytest.mark.parametrize("name", RESUMES)
-def test_a_resumed_run_is_bitwise_the_undisturbed_one(tiny: Any, tmp_path: Path, name: str) -> None:
-    stops, keys = RESUMES[name]
-    calls_per_step = keys.get("grad_accum", 1)
-    undisturbed = make_trainer(tiny, tmp_path / "whole", tiny.Model(dropout=0.3), **keys)
-    wanted = undisturbed.fit()
-    assert not wanted.interrupted
-    assert wanted.step > stops[-1]
-
-    for number, stop in enumerate(stops):
-
-        def interrupt(calls: int, at: int = stop - (stops[number - 1] if number else 0)) -> None:
-            if calls == (at - 1) * calls_per_step + 1:
-                signal.raise_signal(signal.SIGTERM)
-
-        part = make_trainer(tiny, tmp_path / "parts", tiny.Model(dropout=0.3, before_forward=interrupt), **keys)
-        if number:
-            part.resume(tmp_path / "parts/checkpoints/last")
-        result = part.fit()
-        assert (result.interrupted, result.step) == (True, stop)
-        torch.rand(3)  # another process has other generator states
-        np.random.rand(3)  # noqa: NPY002
-
-    resumed = make_trainer(tiny, tmp_path / "parts", tiny.Model(dropout=0.3), **keys)
-    resumed.resume(tmp_path / "parts/checkpoints/last")
-    assert resumed.fit() == wanted
-    states = [load_checkpoint(tmp_path / run / "checkpoints/last") for run in ("whole", "parts")]
-    assert states[0]["environment"].pop("time")
-    assert states[1]["environment"].pop("time")
-    assert_same(states[0], states[1])
-    histories = [
-        [{key: value for key, value in row.items() if key not in MEASURED} for row in rows_of(tmp_path / run)]
-        for run in ("whole", "parts")
-    ]
-    assert histories[0] == histories[1]
-
-
-def assert_same(one: Any, other: Any, where: str = "state") -> None:
-    assert type(one) is type(other), where
-    if isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_same(one[key], other[key], f"{where}.{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), where
-        for place, pair in enumerate(zip(one, other, strict=True)):
-            assert_same(*pair, f"{where}[{place}]")
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), where
-    else:
-        assert one == other, where
-
-
-def test_other_training_data_are_refused(tiny: Any, tmp_path: Path) -> None:
-    class Strict(tiny.Loader):  # type: ignore[misc]
-        def load_state_dict(self, state: dict[str, Any]) -> None:
-            raise ValueError("the state has n 22, but this loader 23")
-
-    make_trainer(tiny, tmp_path, max_steps=1).fit()
-    resumed = make_trainer(tiny, tmp_path, loader=Strict(6))
-    with pytest.raises(
-        CheckpointError, match=r"last: is of other training data: .* n 22, .* 23; give the store it was"
-    ):
-        resumed.resume(tmp_path / "checkpoints/last")
-
-
-def test_another_batch_size_continues_the_same_order(tiny: Any, tmp_path: Path) -> None:
-    make_trainer(tiny, tmp_path, max_steps=2).fit()
-    seen: list[int] = []
-    loader = tiny.Loader(5)
-    batch = loader.batch
-    loader.batch = lambda samples: seen.extend(samples.tolist()) or batch(samples)
-    resumed = make_trainer(tiny, tmp_path, loader=loader, epochs=1, batch_size=5)
-    resumed.resume(tmp_path / "checkpoints/last")
-    resumed.fit()
-    order = torch.randperm(22, generator=torch.Generator().manual_seed(0)).tolist()
-    assert seen == order[12:]
-
-
-def test_a_position_at_the_end_of_a_larger_batch_size_moves_to_the_next_epoch(tiny: Any, tmp_path: Path) -> None:
-    class DropLast(tiny.Loader):  # type: ignore[misc]
-        def __iter__(self) -> Iterator[Any]:
-            return (batch for batch in super().__iter__() if len(batch.inputs) == self.batch_size)
-
-    make_trainer(tiny, tmp_path, max_steps=3).fit()
-    resumed = make_trainer(tiny, tmp_path, loader=DropLast(10), epochs=2, batch_size=10)
-    resumed.resume(tmp_path / "checkpoints/last")
-    result = resumed.fit()
-    assert (result.step, result.epochs_done) == (3 + 2, 2)
-
-
-class ScriptedModel:
-    """Validation losses by script, one for each evaluation."""
-
-    def __new__(cls, tiny: Any, totals: list[float]) -> Any:
-        script = iter(totals)
-
-        class Scripted(tiny.Model):  # type: ignore[misc]
-            def train(self, mode: bool = True) -> Any:
-                if not mode:
-                    self.total = next(script)
-                return super().train(mode)
-
-            def metrics(self, batch: Any) -> dict[str, torch.Tensor]:
-                return {"loss": torch.tensor([self.total - 1, 1.0]), "top1": torch.tensor([0.5, 0.25])}
-
-        return Scripted()
-
-
 def test_best_is_the_lowest_validation_loss_and_the_ledger_is_its(tiny: Any, tmp_path: Path) -> None:
     ledger = Ledger(("kind", "place"), (5, 7), [1.5, 1.8], [1.4, 1.7])
-    trainer = make_trainer(
-        tiny, tmp_path, ScriptedModel(tiny, [4.0, 3.0, 3.5, 3.25]), evaluate_every=3, keep_checkpoints=1
-    )
+    trainer = tiny.trainer(tmp_path, tiny.Scripted([4.0, 3.0, 3.5, 3.25]), evaluate_every=3, keep_checkpoints=1)
     trainer.ledger = ledger
     result = trainer.fit()
     assert result.best_loss == 3.0
@@ -233,50 +91,27 @@ def test_best_is_the_lowest_validation_loss_and_the_ledger_is_its(tiny: Any, tmp
     assert sorted(path.name for path in folder.glob("*.pt")) == ["step-00000006.pt", "step-00000012.pt"]
     saved = json.loads((tmp_path / "ledger.json").read_text())
     assert (saved["step"], saved["sum"]["model"]) == (6, 3.0)
-    evaluated = {row["step"]: row["validation_loss_sum"] for row in rows_of(tmp_path) if "validation_loss_sum" in row}
+    evaluated = {
+        row["step"]: row["validation_loss_sum"] for row in tiny.rows_of(tmp_path) if "validation_loss_sum" in row
+    }
     assert evaluated == {3: 4.0, 6: 3.0, 9: 3.5, 12: 3.25}
 
 
 def test_the_plateau_schedule_sees_every_due_evaluation(tiny: Any, tmp_path: Path) -> None:
-    model = ScriptedModel(tiny, [3.0] * 12)
-    trainer = make_trainer(tiny, tmp_path, model, schedule="plateau", evaluate_every=1)
+    model = tiny.Scripted([3.0] * 12)
+    trainer = tiny.trainer(tmp_path, model, schedule="plateau", evaluate_every=1)
     trainer.fit()
-    rates = [row["lr"] for row in rows_of(tmp_path)]
+    rates = [row["lr"] for row in tiny.rows_of(tmp_path)]
     # the first evaluation is the best; more than 3 worse ones in a row halve the rate of the step after
     assert rates == [0.01] * 5 + [0.005] * 4 + [0.0025] * 3
 
 
-def test_an_evaluation_that_only_ends_a_run_leaves_the_schedule_alone(tiny: Any, tmp_path: Path) -> None:
-    keys = {"schedule": "plateau", "evaluate_every": 2}
-    make_trainer(tiny, tmp_path / "whole", ScriptedModel(tiny, [3.0] * 6), **keys).fit()
-    make_trainer(tiny, tmp_path / "parts", ScriptedModel(tiny, [3.0] * 3), max_steps=5, **keys).fit()
-    resumed = make_trainer(tiny, tmp_path / "parts", ScriptedModel(tiny, [3.0] * 4), **keys)
-    resumed.resume(tmp_path / "parts/checkpoints/last")
-    resumed.fit()
-    rates = [{row["step"]: row["lr"] for row in rows_of(tmp_path / run)} for run in ("whole", "parts")]
-    assert rates[0] == rates[1]
-    assert rates[0][12] == 0.005
-
-
-def test_a_resumed_run_remembers_its_best(tiny: Any, tmp_path: Path) -> None:
-    make_trainer(tiny, tmp_path, ScriptedModel(tiny, [3.0]), max_steps=3, evaluate_every=3).fit()
-    resumed = make_trainer(tiny, tmp_path, ScriptedModel(tiny, [4.0, 3.5]), max_steps=9, evaluate_every=3)
-    resumed.resume(tmp_path / "checkpoints/last")
-    assert resumed.fit().best_loss == 3.0
-    assert os.readlink(tmp_path / "checkpoints/best") == "step-00000003.pt"
-    branch = make_trainer(tiny, tmp_path / "branch", ScriptedModel(tiny, [4.0]), max_steps=6, evaluate_every=3)
-    branch.ledger = Ledger(("kind", "place"), (5, 7), [1.5, 1.8], [1.4, 1.7])
-    branch.resume(tmp_path / "checkpoints/step-00000003.pt")
-    assert branch.fit().best_loss == 3.0
-    assert json.loads((tmp_path / "branch/ledger.json").read_text())["step"] == 6  # the best it has
-
-
 def test_the_rate_that_is_logged_is_the_rate_of_the_step(tiny: Any, tmp_path: Path) -> None:
-    trainer = make_trainer(tiny, tmp_path, schedule="linear", warmup_steps=4)
+    trainer = tiny.trainer(tmp_path, schedule="linear", warmup_steps=4)
     used: list[float] = []  # every step another
     trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: used.append(float(optimizer.param_groups[0]["lr"])))
     trainer.fit()
-    assert [row["lr"] for row in rows_of(tmp_path)] == used
+    assert [row["lr"] for row in tiny.rows_of(tmp_path)] == used
     assert len(set(used)) == len(used) == 12
 
 
@@ -284,7 +119,7 @@ def test_the_rate_that_is_logged_is_the_rate_of_the_step(tiny: Any, tmp_path: Pa
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_on_a_gpu_never_waits_for_it(tiny: Any, tmp_path: Path, precision: str) -> None:
     keys = {"device": "cuda", "precision": precision, "grad_accum": 2, "weight_decay": 0.1, "warmup_steps": 2}
-    trainer = make_trainer(tiny, tmp_path, **keys)
+    trainer = tiny.trainer(tmp_path, **keys)
     batches = list(trainer.loaders.train)
     trainer._train_step(batches[:2])
     torch.cuda.set_sync_debug_mode("error")
@@ -297,24 +132,10 @@ def test_a_step_on_a_gpu_never_waits_for_it(tiny: Any, tmp_path: Path, precision
     assert outcome.losses.isfinite().all()
 
 
-@pytest.mark.gpu
-def test_a_run_on_a_gpu_resumes_bitwise(tiny: Any, tmp_path: Path) -> None:
-    keys = {"device": "cuda", "schedule": "cosine"}
-    make_trainer(tiny, tmp_path / "whole", tiny.Model(dropout=0.3), **keys).fit()
-    stop = tiny.Model(dropout=0.3, before_forward=lambda calls: calls == 6 and signal.raise_signal(signal.SIGTERM))
-    assert make_trainer(tiny, tmp_path / "parts", stop, **keys).fit().step == 6
-    resumed = make_trainer(tiny, tmp_path / "parts", tiny.Model(dropout=0.3), **keys)
-    resumed.resume(tmp_path / "parts/checkpoints/last")
-    assert resumed.fit().step == 12
-    states = [load_checkpoint(tmp_path / run / "checkpoints/last") for run in ("whole", "parts")]
-    for key in ("model", "optimizer", "schedule", "random"):
-        assert_same(states[0][key], states[1][key], key)
-
-
 def test_the_run_folder_and_its_rows(tiny: Any, tmp_path: Path) -> None:
-    result = make_trainer(tiny, tmp_path, log_every=3).fit()
+    result = tiny.trainer(tmp_path, log_every=3).fit()
     assert (result.step, result.epochs_done) == (12, 3)
-    rows = rows_of(tmp_path)
+    rows = tiny.rows_of(tmp_path)
     assert [row["step"] for row in rows] == [3, 4, 6, 8, 9, 12]  # every third, and the end of every epoch
     assert [row["epoch"] for row in rows] == [1, 1, 2, 2, 3, 3]
     for row in rows:
@@ -329,23 +150,25 @@ def test_the_run_folder_and_its_rows(tiny: Any, tmp_path: Path) -> None:
 def test_a_pair_of_loaders_and_no_folder_are_enough(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     pair = (tiny.Loader(6), tiny.Loader(4, num_samples=9, seed=1))
-    trainers = [Trainer(tiny.Model(), BASE, each) for each in (pair, pair, pair, Loaders(*pair))]  # within a second
+    trainers = [
+        Trainer(tiny.Model(), tiny.config, each) for each in (pair, pair, pair, Loaders(*pair))
+    ]  # within a second
     assert len({trainer.fit() for trainer in trainers}) == 1
     assert sorted(Path("runs").iterdir()) == [trainer.run_dir for trainer in trainers]
     assert (trainers[1].run_dir / "checkpoints/last").exists()
 
 
 def test_max_steps_ends_inside_an_epoch_with_an_evaluation(tiny: Any, tmp_path: Path) -> None:
-    result = make_trainer(tiny, tmp_path, max_steps=2, schedule="linear").fit()
+    result = tiny.trainer(tmp_path, max_steps=2, schedule="linear").fit()
     assert (result.step, result.epochs_done, result.interrupted) == (2, 0, False)
-    assert "validation_loss_sum" in rows_of(tmp_path)[-1]
-    assert [row["lr"] for row in rows_of(tmp_path)] == [0.01, 0.005]  # the schedule ends with the run
+    assert "validation_loss_sum" in tiny.rows_of(tmp_path)[-1]
+    assert [row["lr"] for row in tiny.rows_of(tmp_path)] == [0.01, 0.005]  # the schedule ends with the run
 
 
 def test_a_finished_run_says_so(tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_trainer(tiny, tmp_path, max_steps=2).fit()
+    tiny.trainer(tmp_path, max_steps=2).fit()
     before = (tmp_path / "metrics.jsonl").read_text()
-    again = make_trainer(tiny, tmp_path, max_steps=2)
+    again = tiny.trainer(tmp_path, max_steps=2)
     again.resume(tmp_path / "checkpoints/last")
     assert again.fit().step == 2
     assert "nothing left to do at step 2: raise epochs or max_steps" in capsys.readouterr().out
@@ -358,7 +181,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
 ) -> None:
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     model = tiny.Model(before_forward=lambda calls: signal.raise_signal(number) if calls == 2 else None)
-    trainer = make_trainer(tiny, tmp_path, model, log_every=100)
+    trainer = tiny.trainer(tmp_path, model, log_every=100)
     trainer.ledger = Ledger(("kind", "place"), (5, 7), [1.5, 1.8], [1.4, 1.7])
     result = trainer.fit()
     assert (result.step, result.interrupted) == (2, True)
@@ -376,7 +199,7 @@ def test_a_second_ctrl_c_aborts(tiny: Any, tmp_path: Path) -> None:
         signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        make_trainer(tiny, tmp_path, tiny.Model(before_forward=press_twice)).fit()
+        tiny.trainer(tmp_path, tiny.Model(before_forward=press_twice)).fit()
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
@@ -384,7 +207,7 @@ def test_half_precision_is_autocast_over_float32_weights(
     tiny: Any, tmp_path: Path, precision: str, dtype: torch.dtype
 ) -> None:
     model = tiny.Model()
-    make_trainer(tiny, tmp_path, model, precision=precision, max_steps=1).fit()
+    tiny.trainer(tmp_path, model, precision=precision, max_steps=1).fit()
     assert model.dtypes == {dtype}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     for state in load_checkpoint(tmp_path / "checkpoints/last")["optimizer"]["state"].values():
@@ -393,7 +216,7 @@ def test_half_precision_is_autocast_over_float32_weights(
 
 def test_fp16_takes_the_steps_of_its_unscaled_gradients(tiny: Any, tmp_path: Path) -> None:
     """Against fp16 without a scale, where it changes nothing: these gradients are far from float16's least number."""
-    scaled, plain = (make_trainer(tiny, tmp_path, precision="fp16", clip=0.25) for _ in range(2))
+    scaled, plain = (tiny.trainer(tmp_path, precision="fp16", clip=0.25) for _ in range(2))
     plain._optimizer_step.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
     for batch in list(scaled.loaders.train)[:3]:
         outcomes = [trainer._train_step([batch]) for trainer in (scaled, plain)]
@@ -404,10 +227,10 @@ def test_fp16_takes_the_steps_of_its_unscaled_gradients(tiny: Any, tmp_path: Pat
 
 
 def test_a_loss_scale_that_is_too_high_comes_down_and_costs_no_checkpoint(tiny: Any, tmp_path: Path) -> None:
-    trainer = make_trainer(tiny, tmp_path, precision="fp16", max_skipped_steps=1, save_every=1, keep_checkpoints=20)
+    trainer = tiny.trainer(tmp_path, precision="fp16", max_skipped_steps=1, save_every=1, keep_checkpoints=20)
     trainer._optimizer_step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22, growth_interval=4)
     trainer.fit()
-    skipped = [row["skipped_steps"] for row in rows_of(tmp_path)]
+    skipped = [row["skipped_steps"] for row in tiny.rows_of(tmp_path)]
     scales = [load_checkpoint(path)["scaler"]["scale"] for path in sorted(tmp_path.glob("checkpoints/step-*.pt"))]
     assert len(scales) == 12
     bad = [now > before for before, now in zip([0, *skipped], skipped, strict=False)]
@@ -416,7 +239,7 @@ def test_a_loss_scale_that_is_too_high_comes_down_and_costs_no_checkpoint(tiny: 
     halved = [scale == before / 2 for before, scale in zip([2.0**22, *scales], scales, strict=False)]
     assert halved == bad
     assert scales[-1] < 2.0**22
-    again = make_trainer(tiny, tmp_path, precision="fp16")
+    again = tiny.trainer(tmp_path, precision="fp16")
     again.resume(tmp_path / "checkpoints/last")
     assert again._optimizer_step.scaler.get_scale() == scales[-1]
 
@@ -432,13 +255,13 @@ def test_precisions_train_on_a_gpu(tiny: Any, tmp_path: Path, precision: str, co
     keys = {"device": "cuda", "precision": precision, "compile": compiled}
     if compiled == "on":
         model = tiny.Plain()
-    result = make_trainer(tiny, tmp_path, model, **keys).fit()
+    result = tiny.trainer(tmp_path, model, **keys).fit()
     assert (result.step, [setting.fp32_precision for setting in settings]) == (12, before)
     assert compiled == "on" or (seen == {"tf32"}) == (precision == "tf32")
-    rows = rows_of(tmp_path)
+    rows = tiny.rows_of(tmp_path)
     assert rows[-1]["loss_sum"] < rows[0]["loss_sum"]
 
 
 def test_a_loader_without_a_batch_is_named(tiny: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="training loader has no batch"):
-        make_trainer(tiny, tmp_path, loader=tiny.Loader(6, num_samples=0))
+        tiny.trainer(tmp_path, loader=tiny.Loader(6, num_samples=0))
