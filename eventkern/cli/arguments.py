@@ -152,6 +152,8 @@ Command = Prepare | Train | Evaluate | Info
 def parse(arguments: list[str]) -> Command:
     """Reads the command line; the keys that `train` leaves out come from its configuration file.
 
+    `--log` is short for `--logger`; torchrun would take it for a beginning of its own `--log-dir`.
+
     Raises:
         ConfigError: an unknown option, a value that does not fit, or a configuration that cannot be read.
     """
@@ -159,6 +161,7 @@ def parse(arguments: list[str]) -> Command:
         return _parse(Command, arguments)
     if len(arguments) == 1 or arguments[1].startswith("-"):
         raise ConfigError("train takes CONFIG as its first argument: eventkern train CONFIG [--key value ...]")
+    arguments = [re.sub(r"^--log(?==|$)", "--logger", argument) for argument in arguments]
     config = load_config(arguments[1])
     defaults = tyro.conf.subcommand("train", default=Train(config=arguments[1], **vars(config)))
     return _parse(Prepare | Annotated[Train, defaults] | Evaluate | Info, arguments)

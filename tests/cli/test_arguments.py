@@ -6,10 +6,11 @@ import json
 import subprocess
 import sys
 
+import pytest
 from torch.distributed.run import get_args_parser
 
 from eventkern.cli import RunConfig, load_config
-from eventkern.cli.arguments import CONFIGS, Train
+from eventkern.cli.arguments import CONFIGS, Train, parse
 from eventkern.train.config import known_keys
 
 
@@ -47,3 +48,10 @@ def test_torchrun_takes_no_key_for_an_option_of_its_own() -> None:
     assert {"--log-dir", "--run-path"} <= theirs
     assert {"--logger", "--run-dir"} <= ours
     assert [option for option in ours if any(their.startswith(option) for their in theirs)] == []
+
+
+@pytest.mark.parametrize("given", [["--log", "wandb"], ["--log=wandb"], ["--logger", "wandb"]])
+def test_the_logger_has_a_short_name(given: list[str]) -> None:
+    command = parse(["train", "cpu_baseline", *given, "--log-every", "7"])
+    assert isinstance(command, Train)
+    assert (command.logger, command.log_every) == ("wandb", 7)
