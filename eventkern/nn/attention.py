@@ -41,6 +41,20 @@ class SelfAttention(nn.Module):
         attended_BNTH = F.scaled_dot_product_attention(query, key, value, is_causal=self.is_causal)
         return self.out(attended_BNTH.transpose(1, 2).flatten(-2))
 
+    def step(self, states_BD: Tensor, cache_B2NTH: Tensor, position: int) -> Tensor:
+        """What `forward` gives for one position, (B, D), after the keys and values of those before it.
+
+        Args:
+            states_BD: the states at the position.
+            cache_B2NTH: keys and values of the positions before it; its own are written there, in place.
+            position: of the states, from 0.
+        """
+        packed_B3NH = self.qkv(states_BD).unflatten(-1, (3, self.num_heads, -1))
+        cache_B2NTH.select(3, position).copy_(packed_B3NH[:, 1:])
+        key, value = cache_B2NTH.narrow(3, 0, position + 1).unbind(1)
+        attended_BN1H = F.scaled_dot_product_attention(packed_B3NH[:, 0].unsqueeze(2), key, value)
+        return self.out(attended_BN1H.flatten(1))
+
 
 class StackedSelfAttention(nn.Module):
     """K self-attentions at once, member k over entry k of the states.
@@ -101,8 +115,16 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(d_model, d_model)
 
     def forward(self, states_BTD: Tensor, memory_BKD: Tensor) -> Tensor:
-        query = _split_heads(self.query(states_BTD), self.num_heads)
+        return self.attend(states_BTD, *self.keys_and_values(memory_BKD))
+
+    def keys_and_values(self, memory_BKD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, N, K, H) of the vectors, for any number of calls of `attend`."""
         key, value = (_split_heads(part, self.num_heads) for part in self.key_value(memory_BKD).chunk(2, dim=-1))
+        return key, value
+
+    def attend(self, states_BTD: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """What `forward` gives for the states, after keys and values (B, N, K, H)."""
+        query = _split_heads(self.query(states_BTD), self.num_heads)
         attended_BNTH = F.scaled_dot_product_attention(query, key, value)
         return self.out(attended_BNTH.transpose(1, 2).flatten(-2))
 
