@@ -175,6 +175,20 @@ class DecoderLayer(nn.Module):
         states_BTD = states_BTD + self.dropout(self.cross_attention(self.cross_attention_norm(states_BTD), memory_BKD))
         return states_BTD + self.dropout(self.feed_forward(self.feed_forward_norm(states_BTD)))
 
+    def step(self, states_BD: Tensor, cache_B2NTH: Tensor, position: int, memory: tuple[Tensor, Tensor]) -> Tensor:
+        """What `forward` gives for one position, without dropout; `SelfAttention.step` tells what the cache holds.
+
+        Args:
+            states_BD: the states at the position.
+            cache_B2NTH: self-attention's keys and values, written in place.
+            position: of the states, from 0.
+            memory: keys and values of the streams' vectors, from `cross_attention.keys_and_values`.
+        """
+        states_BD = states_BD + self.attention.step(self.attention_norm(states_BD), cache_B2NTH, position)
+        query_B1D = self.cross_attention_norm(states_BD).unsqueeze(1)
+        states_BD = states_BD + self.cross_attention.attend(query_B1D, *memory).squeeze(1)
+        return states_BD + self.feed_forward(self.feed_forward_norm(states_BD))
+
 
 class Positions(nn.Module):
     """A (length, D) table added to embeddings of that length or less: a parameter, or sines (Vaswani et al., 2017)."""
