@@ -14,8 +14,10 @@ from eventkern.cli.arguments import Evaluate, Prepare, RunConfig, Train
 from eventkern.train.config import ConfigError, to_mapping
 
 if TYPE_CHECKING:
+    import torch
+
     from eventkern.data import EventStore, Fold
-    from eventkern.models import EventTransformerConfig
+    from eventkern.models import EventTransformer, EventTransformerConfig
     from eventkern.train import Ledger
     from eventkern.train.distributed import Ranks
 
@@ -182,6 +184,50 @@ def lineage(store: EventStore, sizes: EventTransformerConfig, fold: Fold | None)
     return {"categories": categories, "streams": streams, "key": schema.key, "fold": held_out}
 
 
+@dataclasses.dataclass(frozen=True)
+class OpenedRun:
+    """A checkpoint of `eventkern train` on a store that means what it was trained on."""
+
+    path: Path
+    step: int
+    config: RunConfig
+    store: EventStore
+    model: EventTransformer
+    fold: Fold | None
+    device: torch.device
+    precision: str
+
+
+def open_run(checkpoint: Path, store_name: str | None, device_name: str) -> OpenedRun:
+    """Loads the model of a checkpoint, or of a run folder's best, for a store: by default that of its training.
+
+    Raises:
+        CheckpointError: no checkpoint there, or a store whose categories, streams or key mean something else.
+        DataError: no such store.
+    """
+    from eventkern.data.shipped import open_store
+    from eventkern.models import EventTransformer
+    from eventkern.train.checkpoint import load_weights
+    from eventkern.train.config import from_mapping
+    from eventkern.train.device import has_precision, select_device, select_precision
+    from eventkern.train.lineage import refuse_other_lineage
+
+    is_run = (checkpoint / "checkpoints").is_dir()
+    path = checkpoint / "checkpoints" / "best" if is_run else checkpoint
+    device = select_device(device_name)
+    state = load_run(path)
+    config = from_mapping(RunConfig, state["metadata"]["run"])
+    store = open_store(store_name or config.data.store)
+    sizes = model_config(config, store)
+    fold = fold_of(config)
+    refuse_other_lineage(state["metadata"]["lineage"], lineage(store, sizes, fold), path, store.path)
+    model = EventTransformer(sizes)
+    load_weights(model, state["model"], path)
+    wanted = config.precision if has_precision(config.precision, device) else "auto"  # trained on another device
+    precision = select_precision(wanted, device)
+    return OpenedRun(path, state["step"], config, store, model.to(device), fold, device, precision)
+
+
 def evaluate(command: Evaluate) -> None:
     """`eventkern evaluate`."""
     from eventkern.train.failures import explained
@@ -193,33 +239,18 @@ def evaluate(command: Evaluate) -> None:
 def evaluate_checkpoint(command: Evaluate) -> None:
     """Prints the ledger of a checkpoint."""
     from eventkern.data.loader import EventLoader
-    from eventkern.data.shipped import open_store
-    from eventkern.models import EventTransformer
     from eventkern.train import evaluation
-    from eventkern.train.checkpoint import load_weights
-    from eventkern.train.config import from_mapping
-    from eventkern.train.device import has_precision, select_device, select_precision
-    from eventkern.train.lineage import refuse_other_lineage
     from eventkern.train.logging import print_ledger
 
-    is_run = (command.checkpoint / "checkpoints").is_dir()
-    path = command.checkpoint / "checkpoints" / "best" if is_run else command.checkpoint
-    device = select_device(command.device)
-    state = load_run(path)
-    config = from_mapping(RunConfig, state["metadata"]["run"])
-    store = open_store(command.store or config.data.store)
-    sizes = model_config(config, store)
-    fold = fold_of(config)
-    refuse_other_lineage(state["metadata"]["lineage"], lineage(store, sizes, fold), path, store.path)
-    model = EventTransformer(sizes)
-    load_weights(model, state["model"], path)
-    options = {key: getattr(config, key) for key in ("src_seq_len", "tgt_seq_len", "id_category_size")}
-    loader = EventLoader(store, "validation", batch_size=command.batch_size, device=device, fold=fold, **options)
-    wanted = config.precision if has_precision(config.precision, device) else "auto"  # trained on another device
-    precision = select_precision(wanted, device)
-    means = evaluation.evaluate(model.to(device), loader, precision=precision, device=device)
-    ledger = build_ledger(store, config.id_category_size, fold)
-    ledger.update(state["step"], means["loss"].numpy(), means["top1"].numpy())
+    run = open_run(command.checkpoint, command.store, command.device)
+    options: dict[str, Any] = {
+        key: getattr(run.config, key) for key in ("src_seq_len", "tgt_seq_len", "id_category_size")
+    }
+    options |= {"batch_size": command.batch_size, "device": run.device, "fold": run.fold}
+    loader = EventLoader(run.store, "validation", **options)
+    means = evaluation.evaluate(run.model, loader, precision=run.precision, device=run.device)
+    ledger = build_ledger(run.store, run.config.id_category_size, run.fold)
+    ledger.update(run.step, means["loss"].numpy(), means["top1"].numpy())
     print_ledger(ledger)
 
 
