@@ -7,8 +7,9 @@ import sys
 import time
 from collections.abc import Sequence
 
-from eventkern.cli.arguments import Evaluate, Info, Prepare, RunConfig, Train, load_config, parse
+from eventkern.cli.arguments import Evaluate, Generate, Info, Prepare, RunConfig, Train, load_config, parse
 from eventkern.cli.commands import command_line, evaluate, info, prepare, train
+from eventkern.cli.generating import generate
 from eventkern.train.config import ConfigError
 from eventkern.train.failures import OtherRankError, RunFailure
 from eventkern.train.termination import Terminated, terminable
@@ -32,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     train(command)
                 case Evaluate():
                     evaluate(command)
+                case Generate():
+                    generate(command)
                 case Info():
                     info()
         return 0

@@ -142,11 +142,49 @@ class Evaluate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Generate the next events of sequences, decoded back to values and times."""
+
+    checkpoint: Positional[Annotated[Path, arg(metavar="CHECKPOINT")]]
+    """A checkpoint, or a run folder (its best checkpoint)."""
+    store: str | None = None
+    """Folder of a store, or flights | synthetic; default: the store it was trained on."""
+    key: tuple[str, ...] = ()
+    """Keys whose next events follow their last ones in the store, one or more; default: all."""
+    events: int = 50
+    """Events of each key."""
+    temperature: float = 1.0
+    """Below 1 likely classes become likelier, above 1 rarer ones; 0: the likeliest class always."""
+    top_k: int | None = None
+    """Classes of a category that can be drawn, the likeliest; None: all."""
+    missing: bool = True
+    """Whether a value may be missing, as those of a flight that was cancelled; unknown values read missing too."""
+    seed: int = 0
+    """With a key it decides what is drawn, whatever other keys there are."""
+    out: Path | None = None
+    """A .csv or .parquet file to write; default: the events are printed."""
+    batch_size: int = 64
+    """Keys that are generated together."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: cuda, else mps, else cpu."""
+
+    def __post_init__(self) -> None:
+        for key in ("events", "batch_size"):
+            require(self, key, getattr(self, key) >= 1, "at least 1")
+        require(self, "temperature", 0 <= self.temperature < float("inf"), "a finite number of at least 0")
+        require(self, "top_k", self.top_k is None or self.top_k >= 1, "at least 1, or None")
+        require(self, "out", self.out is None or self.out.suffix in (".csv", ".parquet"), "a .csv or .parquet file")
+        for key in self.key:
+            if self.key.count(key) > 1:
+                raise ConfigError(f"key names {key!r} twice; keys must differ")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Info:
     """Print versions, devices, which kernel serves which op, and what this machine reaches."""
 
 
-Command = Prepare | Train | Evaluate | Info
+Command = Prepare | Train | Evaluate | Generate | Info
 
 
 def parse(arguments: list[str]) -> Command:
@@ -164,7 +202,7 @@ def parse(arguments: list[str]) -> Command:
     arguments = [re.sub(r"^--log(?==|$)", "--logger", argument) for argument in arguments]
     config = load_config(arguments[1])
     defaults = tyro.conf.subcommand("train", default=Train(config=arguments[1], **vars(config)))
-    return _parse(Prepare | Annotated[Train, defaults] | Evaluate | Info, arguments)
+    return _parse(Prepare | Annotated[Train, defaults] | Evaluate | Generate | Info, arguments)
 
 
 def _parse(commands: Any, arguments: list[str]) -> Command:

@@ -2,6 +2,7 @@
 
 from eventkern.data.entity_index import EntityIndex
 from eventkern.data.folds import Fold
+from eventkern.data.history import History
 from eventkern.data.length_bucketed_sampler import LengthBucketedSampler
 from eventkern.data.loader import EventLoader
 from eventkern.data.permutation import permutation
@@ -18,6 +19,7 @@ __all__ = [
     "EventLoader",
     "EventStore",
     "Fold",
+    "History",
     "IndexSampler",
     "LengthBucketedSampler",
     "Schema",
