@@ -54,8 +54,8 @@ def decode_events(store: EventStore, codes: NDArray[Any]) -> pa.Table:
 def decode_times(store: EventStore, anchors: NDArray[np.int64], table: pa.Table) -> pa.Array:
     """When generated events are, as far as the schema's categories tell, in seconds and the schema's time zone.
 
-    - Where `time` categories read year, month and day of the schema's timestamp, these are the date; hour and minute are
-      those that categories read of it, else 0. Null for a date that does not exist.
+    - Where `time` categories read year, month and day of the schema's timestamp, these are the date; hour and minute
+      are those that categories read of it, else 0. Null for a date that does not exist.
     - Else where a category is `elapsed`: that many units after the key's event before, which is the earliest time that
       they allow, since they are whole ones and the limit means and more; where `time` categories read hour (and minute)
       of the schema's timestamp, the first moment from then on at which the clock shows them. Null from the first event

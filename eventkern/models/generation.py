@@ -41,7 +41,7 @@ class CachedDecoder:
     `EventTransformer.decode` up to rounding.
 
     Args:
-        model: whose decoder runs; its dropout is left out.
+        model: whose decoder runs, without dropout and without gradients.
         batch_size: B.
     """
 
@@ -53,6 +53,7 @@ class CachedDecoder:
         self._memory: list[tuple[Tensor, Tensor]] = []
         self._caches: tuple[Tensor, ...] = ()
 
+    @torch.no_grad()
     def begin(self, memory_BKD: Tensor) -> None:
         """Start a window at the streams' vectors."""
         self.position = 0
@@ -62,6 +63,7 @@ class CachedDecoder:
             shape = (self.batch_size, 2, config.num_heads, config.tgt_seq_len, config.d_model // config.num_heads)
             self._caches = like.new_empty(len(self._memory), *shape).unbind()
 
+    @torch.no_grad()
     def step(self, events_BC: Tensor) -> Tensor:
         """The next event (B, C) of the window to the state (B, D) that predicts the one after it.
 
