@@ -56,7 +56,7 @@ def past(generator: torch.Generator) -> Past:
 
 
 def test_cached_logits_are_those_of_the_whole_prefix(model, generator, assert_accurate):
-    """In the first window and in one after it, whose cache held another; the logits of each position judged by a float64 truth."""
+    """In the first window and in one whose cache held another; each position judged by a float64 truth."""
     model.eval()
     exact = EventTransformer(CONFIG).double().eval()
     exact.load_state_dict(model.state_dict())
