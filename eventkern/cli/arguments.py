@@ -173,7 +173,8 @@ class Generate:
             require(self, key, getattr(self, key) >= 1, "at least 1")
         require(self, "temperature", 0 <= self.temperature < float("inf"), "a finite number of at least 0")
         require(self, "top_k", self.top_k is None or self.top_k >= 1, "at least 1, or None")
-        require(self, "out", self.out is None or self.out.suffix in (".csv", ".parquet"), "a .csv or .parquet file")
+        if self.out is not None and self.out.suffix not in (".csv", ".parquet"):
+            raise ConfigError(f"out is {self.out}, but must be a .csv or .parquet file")
         for key in self.key:
             if self.key.count(key) > 1:
                 raise ConfigError(f"key names {key!r} twice; keys must differ")

@@ -1,0 +1,187 @@
+"""`eventkern generate` from a run to a table, its mistakes, and the study of what it generates."""
+
+from __future__ import annotations
+
+import collections
+import datetime
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+
+from benchmarks.studies.generated_marginals import distances, generated_and_true, table, total_variation
+from eventkern.cli import main
+from eventkern.cli.commands import open_run
+from eventkern.data import EventStore
+from eventkern.train import device
+
+SCHEMA = """
+name = "visits"
+timestamp = "when"
+timezone = "Europe/Berlin"
+key = "person"
+split = "2024-03-01"
+streams = [{ name = "person", entity = "person" }, { name = "time", entity = "all" }]
+categories = [
+  { name = "person", kind = "id" },
+  { name = "place", kind = "id" },
+  { name = "pause", kind = "elapsed", unit = "hours", limit = 48 },
+  { name = "hour", kind = "time", column = "when", field = "hour" },
+]
+"""
+CONFIG = """
+src_seq_len = 4
+tgt_seq_len = 3
+id_category_size = 20
+epochs = 50
+max_steps = 60
+batch_size = 16
+lr = 0.01
+schedule = "constant"
+device = "cpu"
+data = { store = "store" }
+model = { d_model = 16, num_heads = 2 }
+"""
+
+
+def visits() -> list[str]:
+    """Six persons who go from place to place in turn, and a newcomer after the split."""
+    draw = random.Random(3)
+    at = datetime.datetime(2024, 1, 1)
+    places: dict[int, int] = collections.defaultdict(int)
+    lines = ["when,person,place"]
+    for number in range(600):
+        at += datetime.timedelta(hours=3)
+        person = draw.randrange(7 if number > 560 else 6)
+        places[person] = draw.randrange(5) if draw.random() < 0.1 else (places[person] + 1) % 5
+        lines.append(f"{at:%Y-%m-%dT%H:%M:%S},p{person},site {places[person]}")
+    return lines
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a store and a run of 60 steps; not to be written to."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "visits.csv").write_text("\n".join(visits()) + "\n")
+    (folder / "visits.toml").write_text(SCHEMA)
+    (folder / "small.toml").write_text(CONFIG)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(device, "keep_freed_memory", lambda: None)
+        assert main(["prepare", "visits.csv", "--schema", "visits.toml", "--out", "store"]) == 0
+        assert main(["train", "small.toml", "--run-dir", "run"]) == 0
+    return folder
+
+
+@pytest.fixture
+def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that folder to work in."""
+    shutil.copytree(made, tmp_path / "here", symlinks=True)
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def generated(*options: str, out: str = "out.parquet") -> pa.Table:
+    assert main(["generate", "run", "--device", "cpu", "--out", out, *options]) == 0
+    return pq.read_table(out)
+
+
+def test_events_of_a_key_are_decoded_with_their_times(here: Path) -> None:
+    events = generated("--key", "p3", "--events", "10", "--top-k", "5", "--temperature", "0.8", "--no-missing")
+    assert events.column_names == ["key", "step", "timestamp", "person", "place", "pause", "hour"]
+    assert events["key"].to_pylist() == events["person"].to_pylist() == ["p3"] * 10
+    assert events["step"].to_pylist() == list(range(1, 11))
+    assert set(events["place"].to_pylist()) <= {f"site {number}" for number in range(5)}
+    times, store = events["timestamp"].to_pylist(), EventStore.open("store")
+    last = [line.split(",")[0] for line in visits() if ",p3," in line][-1]
+    before = datetime.datetime.fromisoformat(last).replace(tzinfo=times[0].tzinfo)
+    for time, pause, hour in zip(times, events["pause"].to_pylist(), events["hour"].to_pylist(), strict=True):
+        least = before + datetime.timedelta(hours=pause)
+        assert least <= time < least + datetime.timedelta(days=1)
+        assert time.hour == hour
+        before = time
+    assert store.schema.timezone == str(times[0].tzinfo) == "Europe/Berlin"
+
+
+def test_csv_and_parquet_hold_the_same(here: Path) -> None:
+    parquet = generated("--key", "p3", "p5", "--events", "7")
+    assert main(["generate", "run", "--device", "cpu", "--key", "p3", "p5", "--events", "7", "--out", "out.csv"]) == 0
+    options = pyarrow.csv.ConvertOptions(column_types=parquet.schema, strings_can_be_null=True)
+    csv = pyarrow.csv.read_csv("out.csv", convert_options=options)
+    assert csv.num_rows == 14
+    assert csv.to_pydict() == parquet.to_pydict()
+
+
+def test_a_key_has_the_same_events_in_any_company(here: Path) -> None:
+    alone = generated("--key", "p4", "--events", "8", "--seed", "3")
+    every = generated("--events", "8", "--seed", "3", "--batch-size", "4")
+    assert set(every["key"].to_pylist()) == {f"p{number}" for number in range(6)}  # p6 has no name in the store
+    of_key = [row for row in every.to_pylist() if row["key"] == "p4"]
+    assert of_key == alone.to_pylist()
+    assert generated("--key", "p4", "--events", "8", "--seed", "4").to_pylist() != of_key
+
+
+def test_without_out_the_events_are_printed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "run/checkpoints/best", "--device", "cpu", "--events", "12", "--temperature", "0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["key", "step", "timestamp", "person", "place", "pause", "hour"]
+    assert [line.split()[1] for line in lines[1:13]] == [str(step) for step in range(1, 13)]
+    assert len(lines) == 1 + 60 + 1
+    assert lines[-1] == "and 12 more; give --out FILE.csv or FILE.parquet for all"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--key p33", "store has no person 'p33'; the nearest is 'p3'"),
+        ("--key p3 p3", "key names 'p3' twice; keys must differ"),
+        ("--out events.txt", "out is events.txt, but must be a .csv or .parquet file"),
+        ("--out gone/events.csv", "--out gone/events.csv: there is no folder gone; make it first"),
+        ("--events 0", "events is 0, but must be at least 1"),
+        ("--temperature -1", "temperature is -1.0, but must be a finite number of at least 0"),
+        ("--top-k 0", "top_k is 0, but must be at least 1, or None"),
+        ("--batch-size 0", "batch_size is 0, but must be at least 1"),
+        ("--store gone", "gone: holds no event store"),
+        ("--store other", "the classes of place stand for other values; give the store it was trained on"),
+    ],
+)
+def test_generate_mistakes_are_one_line_and_exit_2(
+    here: Path, capsys: pytest.CaptureFixture[str], options: str, message: str
+) -> None:
+    if "other" in options:
+        (here / "other.csv").write_text((here / "visits.csv").read_text().replace("site", "spot"))
+        assert main(["prepare", "other.csv", "--schema", "visits.toml", "--out", "other"]) == 0
+    before = sorted(path for path in here.rglob("*") if path.is_file())
+    capsys.readouterr()
+    assert main(["generate", "run", *options.split()]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("eventkern: ")
+    assert message in told
+    assert told.count("\n") == 1, told
+    assert sorted(path for path in here.rglob("*") if path.is_file()) == before
+
+
+def test_total_variation_is_half_the_sum_of_the_differences() -> None:
+    assert total_variation(np.array([1, 1, 0]), np.array([0, 10, 10])) == pytest.approx(0.5)
+    assert total_variation(np.array([3, 1]), np.array([30, 10])) == 0
+
+
+def test_the_study_sets_as_many_generated_events_beside_the_true_ones(here: Path) -> None:
+    run = open_run(here / "run", None, "cpu")
+    generated_events, true = generated_and_true(run, most=5, seed=0, batch_size=4)
+    assert generated_events.shape == true.shape
+    store = run.store
+    who = store.codes[store.split_row :, 0]
+    for code in range(2, 8):  # the same numbers of the same keys, and of nobody else
+        num_events = min(int((who == code).sum()), 5)
+        assert (true[:, 0] == code).sum() == (generated_events[:, 0] == code).sum() == num_events
+    found = distances(run, most=100, batch_size=4)
+    assert [each.name for each in found] == ["person", "place", "pause", "hour"]
+    assert found[0].generated == 0
+    assert all(0 < each.generated < 0.6 for each in found[1:])
+    assert table(found).count("\n") == 2 + 1 + 4
