@@ -8,7 +8,8 @@ import time
 from collections.abc import Sequence
 
 from eventkern.cli.arguments import Evaluate, Generate, Info, Prepare, RunConfig, Train, load_config, parse
-from eventkern.cli.commands import command_line, evaluate, info, prepare, train
+from eventkern.cli.commands import command_line, info, prepare, train
+from eventkern.cli.evaluating import evaluate
 from eventkern.cli.generating import generate
 from eventkern.train.config import ConfigError
 from eventkern.train.failures import OtherRankError, RunFailure

@@ -126,7 +126,7 @@ class Train(RunConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Print the loss ledger of a checkpoint."""
+    """Print the loss ledger of a checkpoint, and how good its probabilities are."""
 
     checkpoint: Positional[Annotated[Path, arg(metavar="CHECKPOINT")]]
     """A checkpoint, or a run folder (its best checkpoint)."""
@@ -134,11 +134,16 @@ class Evaluate:
     """Folder of a store, or flights | synthetic; default: the store it was trained on."""
     batch_size: int = 64
     """Windows in a batch."""
+    top_k: tuple[int, ...] = (1, 5, 10)
+    """A guess may name so many classes."""
+    out: Path | None = None
+    """Folder to write evaluation.json and evaluation.png into; default: the tables are printed, and nothing written."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: cuda, else mps, else cpu."""
 
     def __post_init__(self) -> None:
         require(self, "batch_size", self.batch_size >= 1, "at least 1")
+        require(self, "top_k", min(self.top_k, default=0) >= 1, "one number or more, each at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

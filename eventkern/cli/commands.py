@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eventkern.cli.arguments import Evaluate, Prepare, RunConfig, Train
+from eventkern.cli.arguments import Prepare, RunConfig, Train
 from eventkern.train.config import ConfigError, to_mapping
 
 if TYPE_CHECKING:
@@ -226,32 +226,6 @@ def open_run(checkpoint: Path, store_name: str | None, device_name: str) -> Open
     wanted = config.precision if has_precision(config.precision, device) else "auto"  # trained on another device
     precision = select_precision(wanted, device)
     return OpenedRun(path, state["step"], config, store, model.to(device), fold, device, precision)
-
-
-def evaluate(command: Evaluate) -> None:
-    """`eventkern evaluate`."""
-    from eventkern.train.failures import explained
-
-    with explained(f"at --batch-size {command.batch_size}: lower it"):
-        evaluate_checkpoint(command)
-
-
-def evaluate_checkpoint(command: Evaluate) -> None:
-    """Prints the ledger of a checkpoint."""
-    from eventkern.data.loader import EventLoader
-    from eventkern.train import evaluation
-    from eventkern.train.logging import print_ledger
-
-    run = open_run(command.checkpoint, command.store, command.device)
-    options: dict[str, Any] = {
-        key: getattr(run.config, key) for key in ("src_seq_len", "tgt_seq_len", "id_category_size")
-    }
-    options |= {"batch_size": command.batch_size, "device": run.device, "fold": run.fold}
-    loader = EventLoader(run.store, "validation", **options)
-    means = evaluation.evaluate(run.model, loader, precision=run.precision, device=run.device)
-    ledger = build_ledger(run.store, run.config.id_category_size, run.fold)
-    ledger.update(run.step, means["loss"].numpy(), means["top1"].numpy())
-    print_ledger(ledger)
 
 
 def info() -> None:

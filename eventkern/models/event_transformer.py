@@ -8,6 +8,7 @@ Shapes: B batch, K streams, S source events, T target events, C categories (= H 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -301,6 +302,11 @@ class EventTransformer(nn.Module):
         states_BTD = self.states(batch)
         labels_BTC = batch.targets[:, 1:]
         return {"loss": self.heads(states_BTD, labels_BTC), "top1": self.heads.accuracy(states_BTD, labels_BTC)}
+
+    @torch.no_grad()
+    def scores(self, batch: EventBatchLike, top_k: Sequence[int] = (1, 5, 10)) -> dict[str, Tensor]:
+        """What `eventkern.nn.MultiHeadCrossEntropy.scores` sums, over the batch's labels that are not padding."""
+        return self.heads.scores(self.states(batch), batch.targets[:, 1:], top_k)
 
     def tokens(self, batch: EventBatchLike) -> int:
         """Events that go through the network, from the shapes alone: B (K S + T), padding included."""

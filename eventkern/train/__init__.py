@@ -6,8 +6,9 @@ from eventkern.train.config import ConfigError, TrainerConfig
 
 if TYPE_CHECKING:
     from eventkern.train.checkpoint import CheckpointError
-    from eventkern.train.evaluation import evaluate
+    from eventkern.train.evaluation import evaluate, score
     from eventkern.train.ledger import Ledger
+    from eventkern.train.scorecard import Scorecard
     from eventkern.train.trainer import Loaders, Trainer, TrainResult
 
 __all__ = [
@@ -15,13 +16,21 @@ __all__ = [
     "ConfigError",
     "Ledger",
     "Loaders",
+    "Scorecard",
     "TrainResult",
     "Trainer",
     "TrainerConfig",
     "evaluate",
+    "score",
 ]
 
-_ROOMS = {"CheckpointError": "checkpoint", "Ledger": "ledger", "evaluate": "evaluation"}
+_ROOMS = {
+    "CheckpointError": "checkpoint",
+    "Ledger": "ledger",
+    "Scorecard": "scorecard",
+    "evaluate": "evaluation",
+    "score": "evaluation",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from eventkern.train.config import ConfigError
 from eventkern.train.device import autocast, float32_products
 from eventkern.train.distributed import Ranks
-from eventkern.train.protocols import BatchLoader, TrainableModel
+from eventkern.train.protocols import BatchLoader, ScoredModel, TrainableModel
 
 
 def evaluate(
@@ -35,25 +35,72 @@ def evaluate(
         ConfigError: no batch at all.
     """
     device = torch.device(device)
-    ranks = ranks or Ranks(device)
-    accumulator = torch.float32 if device.type == "mps" else torch.float64
+
+    def weighted(batch: Any) -> dict[str, Tensor]:
+        sums = {name: values * batch.num_targets for name, values in _wide(model.metrics(batch), device).items()}
+        return {**sums, "num_targets": batch.num_targets}
+
+    totals = _totals(model, batches, weighted, precision, ranks or Ranks(device))
+    num_targets = totals.pop("num_targets")
+    return {name: values / num_targets for name, values in totals.items()}
+
+
+def score(
+    model: TrainableModel,
+    batches: BatchLoader,
+    *,
+    top_k: Sequence[int] = (1, 5, 10),
+    precision: str = "fp32",
+    device: torch.device | str = "cpu",
+) -> dict[str, Tensor]:
+    """One pass over all batches: the sums of the model's `scores`, float64 on the CPU; `Scorecard` reads them.
+
+    Args:
+        model: left in the mode (training or not) it was found in; a `ScoredModel`.
+        batches: validation batches on `device`; started from the beginning.
+        top_k: numbers of classes that a guess may name.
+        precision: "fp32", "tf32", "bf16" or "fp16".
+        device: the device of model and batches.
+
+    Raises:
+        ConfigError: no batch at all.
+        TypeError: the model has no scores.
+    """
+    if not isinstance(model, ScoredModel):
+        raise TypeError(f"model is a {type(model).__name__}, which has no method scores(batch, top_k)")
+    scores = model.scores
+    return _totals(model, batches, lambda batch: scores(batch, top_k), precision, Ranks(torch.device(device)))
+
+
+def _totals(
+    model: TrainableModel,
+    batches: BatchLoader,
+    measure: Callable[[Any], Mapping[str, Tensor]],
+    precision: str,
+    ranks: Ranks,
+) -> dict[str, Tensor]:
+    """The sums over all batches, and ranks, of what is measured on each, float64 on the CPU."""
+    device = ranks.device
     was_training = model.training
     model.train(False)
     batches.set_epoch(0)
     sums: dict[str, Tensor] = {}
-    num_targets = torch.zeros((), dtype=accumulator, device=device)
     with torch.no_grad(), float32_products(precision), autocast(precision, device):
         for batch, counts in shared(batches, ranks):
-            num_targets += batch.num_targets * counts
-            for name, values in model.metrics(batch).items():
-                weighted = values.to(accumulator) * (batch.num_targets * counts)
-                sums[name] = sums[name] + weighted if name in sums else weighted
+            for name, values in _wide(measure(batch), device).items():
+                sums[name] = sums[name] + values * counts if name in sums else values * counts
     model.train(was_training)
     if not sums:
         raise ConfigError("there is nothing to evaluate: the validation loader has no batch")
-    *totals, num_targets = ranks.sum(torch.cat([*sums.values(), num_targets[None]])).cpu().double()
-    per_metric = torch.stack(totals).split([len(values) for values in sums.values()])
-    return {name: values / num_targets for name, values in zip(sums, per_metric, strict=True)}
+    flat = ranks.sum(torch.cat([values.flatten() for values in sums.values()])).cpu().double()
+    parts = flat.split([values.numel() for values in sums.values()])
+    return {name: part.reshape(sums[name].shape) for name, part in zip(sums, parts, strict=True)}
+
+
+def _wide(values: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The same in the dtype that sums over batches are taken in."""
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    return {name: each.to(dtype) for name, each in values.items()}
 
 
 def shared(batches: Iterable[Any], ranks: Ranks) -> Iterator[tuple[Any, bool]]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eventkern.train.tables import for_json, percent, plain_text, rich_table
 from eventkern.train.whole_files import write_file
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class Ledger:
             return f"Worse than the marginal: the loss {total:.2f} is above the training frequencies' {marginal:.2f}."
         if total > (1 - STUCK_SHARE) * marginal:
             return f"Stuck at the marginal: the loss {total:.2f} is about the training frequencies' {marginal:.2f}."
-        return f"Learning: {_percent(self.explained_of_sum())} of the marginal explained."
+        return f"Learning: {percent(self.explained_of_sum())} of the marginal explained."
 
     def _remarks(self) -> list[str]:
         count = len(self.names)
@@ -120,7 +121,7 @@ class Ledger:
         if guessed:
             remarks.append(f"Worse than guessing in {_listed(guessed)}.")
         if np.isfinite(self.floor).any():
-            remarks.append(f"Of what can be learned at all, {_percent(self.learned_of_learnable())} is learned.")
+            remarks.append(f"Of what can be learned at all, {percent(self.learned_of_learnable())} is learned.")
         return remarks
 
     def to_dict(self) -> dict[str, Any]:
@@ -137,7 +138,7 @@ class Ledger:
         }
         losses = ("ln_classes", "marginal", "first_order", "floor", "model")
         categories = [
-            {"name": name, **{column: _plain(values[row]) for column, values in columns.items()}}
+            {"name": name, **{column: for_json(values[row]) for column, values in columns.items()}}
             for row, name in enumerate(self.names)
         ]
         return {
@@ -145,10 +146,10 @@ class Ledger:
             "note": self.note,
             "step": self.step,
             "categories": categories,
-            "sum": {name: _plain(columns[name].sum()) for name in losses},
-            "mean": {name: _plain(columns[name].mean()) for name in (*losses, "top1")},
-            "explained": _plain(self.explained_of_sum()),
-            "learned_of_learnable": _plain(self.learned_of_learnable()),
+            "sum": {name: for_json(columns[name].sum()) for name in losses},
+            "mean": {name: for_json(columns[name].mean()) for name in (*losses, "top1")},
+            "explained": for_json(self.explained_of_sum()),
+            "learned_of_learnable": for_json(self.learned_of_learnable()),
             "verdict": self.verdict(),
         }
 
@@ -164,42 +165,25 @@ class Ledger:
         """The table's cells as text: a row per category, then the sum and the mean."""
         losses = np.stack([self.ln_classes, self.marginal, self.first_order, self.floor, self.model])
         cells = [
-            (name, str(classes), *map(_loss, losses[:, row]), _percent(explained), _percent(top1))
+            (name, str(classes), *map(_loss, losses[:, row]), percent(explained), percent(top1))
             for row, (name, classes, explained, top1) in enumerate(
                 zip(self.names, self.classes, self.explained(), self.top1, strict=True)
             )
         ]
-        explained = _percent(self.explained_of_sum())
+        explained = percent(self.explained_of_sum())
         cells.append(("sum", "", *map(_loss, losses.sum(axis=1)), explained, ""))
-        cells.append(("mean", "", *map(_loss, losses.mean(axis=1)), explained, _percent(float(self.top1.mean()))))
+        cells.append(("mean", "", *map(_loss, losses.mean(axis=1)), explained, percent(float(self.top1.mean()))))
         if "floor" not in self.columns():
             cells = [(*row[: COLUMNS.index("floor")], *row[COLUMNS.index("floor") + 1 :]) for row in cells]
         return cells
 
     def table(self) -> Table:
         """The ledger as a rich table, of at most 80 columns where names have 17 letters and sums 4 digits."""
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(title=self._title(), caption=Text(self.verdict()), caption_justify="left", box=None)
-        table.padding, table.pad_edge = (0, 1, 0, 0), False
-        for column in self.columns():
-            table.add_column(
-                NARROW.get(column, column), justify="left" if column == "category" else "right", no_wrap=True
-            )
-        for row in self.rows():
-            table.add_row(*map(Text, row))
-        return table
+        return rich_table(self._title(), self.columns(), self.rows(), self.verdict(), NARROW)
 
     def text(self) -> str:
         """The ledger as plain text."""
-        rows = [self.columns(), *self.rows()]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(cells))
-            for cells in (zip(row, widths, strict=True) for row in rows)
-        ]
-        return "\n".join([self._title(), *lines, self.verdict()])
+        return plain_text(self._title(), self.columns(), self.rows(), self.verdict())
 
     def _title(self) -> str:
         when = "before the first evaluation" if self.step is None else f"at step {self.step}"
@@ -212,19 +196,10 @@ def _ratio(part: Any, whole: Any) -> Any:
         return np.where(np.asarray(whole) > 0, np.divide(part, whole), np.nan)
 
 
-def _plain(value: Any) -> int | float | None:
-    number = value.item() if isinstance(value, np.generic) else value
-    return number if math.isfinite(number) else None
-
-
 def _loss(value: float) -> str:
     if not math.isfinite(value):
         return "-"
     return f"{value:.2f}" if value >= 100 else f"{round(value, 3) + 0.0:.3f}"  # + 0.0: no "-0.000"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %" if math.isfinite(share) else "-"
 
 
 def _listed(names: list[str]) -> str:

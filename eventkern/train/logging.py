@@ -14,6 +14,7 @@ from eventkern.train.boards import Board, TensorBoard, WeightsAndBiases, has
 from eventkern.train.ledger import Ledger
 from eventkern.train.lines import heading, line
 from eventkern.train.protocols import TrainableModel
+from eventkern.train.tables import Shown
 from eventkern.train.whole_files import write_file
 
 if TYPE_CHECKING:
@@ -170,26 +171,26 @@ class RunLog:
         if self._progress is not None:
             print_table(self._progress.console, ledger)
         else:
-            print_ledger(ledger)
+            print_shown(ledger)
 
 
-def print_ledger(ledger: Ledger) -> None:
-    """Prints the ledger: a rich table on a terminal, else plain text."""
+def print_shown(shown: Shown) -> None:
+    """Prints a ledger or a scorecard: a rich table on a terminal, else plain text."""
     if sys.stdout.isatty() and has("rich"):
         from rich.console import Console
 
-        print_table(Console(), ledger)
+        print_table(Console(), shown)
     else:
-        print(ledger.text(), flush=True)
+        print(shown.text(), flush=True)
 
 
-def print_table(console: Console, ledger: Ledger) -> None:
+def print_table(console: Console, shown: Shown) -> None:
     """Prints the table; where the console is narrower, the plain text, which it may wrap but not cut."""
-    table = ledger.table()
+    table = shown.table()
     if console.measure(table, options=console.options.update(max_width=UNBOUNDED)).maximum <= console.width:
         console.print(table)
     else:
-        console.print(ledger.text(), markup=False, highlight=False, soft_wrap=True)
+        console.print(shown.text(), markup=False, highlight=False, soft_wrap=True)
 
 
 def cut_metrics(path: Path, last_step: int) -> None:

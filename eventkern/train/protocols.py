@@ -67,3 +67,12 @@ class CountedModel(Protocol):
 
     def tokens(self, batch: Any) -> int:
         """Sequence positions that go through the network, padding included."""
+
+
+@runtime_checkable
+class ScoredModel(Protocol):
+    """What a model may offer beside: all that tells how good its probabilities are, for `evaluate` alone."""
+
+    def scores(self, batch: Any, top_k: Sequence[int]) -> Mapping[str, Tensor]:
+        """Sums over the labels of the batch, per head, so that those of batches add up; `eventkern.train.Scorecard`
+        lists their names."""

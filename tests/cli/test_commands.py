@@ -54,7 +54,8 @@ def test_a_run_folder_holds_everything(made: Path) -> None:
 def test_the_rows_of_a_run_tell_its_work(made: Path) -> None:
     for row in rows_of(made / "run"):
         windows_tokens, windows_labels = 2 * 4 + 3, 3
-        assert row["tokens_per_s"] >= row["events_per_s"] * windows_tokens / windows_labels  # padding counts as tokens
+        least = row["events_per_s"] * windows_tokens / windows_labels  # padding counts as tokens
+        assert row["tokens_per_s"] >= least * (1 - 1e-12)
         assert row["mfu"] > 0
         assert row["memory_bytes"] > 1 << 20
         assert row["skipped_steps"] == 0
@@ -169,7 +170,8 @@ def test_evaluate_prints_the_ledger_of_the_run(here: Path, capsys: pytest.Captur
     assert main(["evaluate", what, "--device", "cpu"]) == 0
     shown = capsys.readouterr().out
     for category in json.loads((here / "run/ledger.json").read_text())["categories"]:
-        (line,) = [line for line in shown.splitlines() if line.startswith(category["name"] + " ")]
+        ledger = shown[: shown.index("Scorecard")]
+        (line,) = [line for line in ledger.splitlines() if line.startswith(category["name"] + " ")]
         assert f"{category['model']:.3f}" in line
         assert f"{category['marginal']:.3f}" in line
 
@@ -200,7 +202,8 @@ def test_a_fold_trains_and_is_evaluated_on_its_own_keys(here: Path, capsys: pyte
     shown = capsys.readouterr().out
     assert "fold 1 of 3 by person" in shown
     for category in told["categories"]:
-        (line,) = [line for line in shown.splitlines() if line.startswith(category["name"] + " ")]
+        ledger = shown[: shown.index("Scorecard")]
+        (line,) = [line for line in ledger.splitlines() if line.startswith(category["name"] + " ")]
         assert f"{category['model']:.3f}" in line
     again = ["train", "folded/config.toml", "--run-dir", "folded", "--resume", "auto", "--max-steps", "12"]
     assert main([*again, "--fold", "2"]) == 2

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from eventkern.train import ConfigError, evaluate
+from eventkern.train import ConfigError, evaluate, score
 from eventkern.train.distributed import Ranks
 from eventkern.train.evaluation import shared
 
@@ -42,3 +42,33 @@ def test_ranks_share_every_batch_once_in_as_many_calls(num_batches: int, world_s
 def test_an_empty_loader_is_named(tiny: Any) -> None:
     with pytest.raises(ConfigError, match="validation loader has no batch"):
         evaluate(tiny.Model(), tiny.Loader(6, num_samples=0))
+
+
+def test_scores_are_summed_over_batches_of_any_size(tiny: Any) -> None:
+    class Scored(tiny.Model):  # type: ignore[misc]
+        """Two sums of different shapes, one of integers."""
+
+        asked: tuple[int, ...] = ()
+
+        def scores(self, batch: Any, top_k: tuple[int, ...]) -> dict[str, Any]:
+            assert not self.training
+            assert not torch.is_grad_enabled()
+            self.asked = top_k
+            inputs = self.hidden(batch.inputs).sum((0, 1))
+            return {"num_targets": batch.num_targets.repeat(2), "states": torch.stack([inputs, 2 * inputs])}
+
+    model = Scored().train()
+    whole = score(model, tiny.Loader(9, num_samples=9), top_k=(2, 7))
+    parts = score(model, tiny.Loader(2, num_samples=9), top_k=(2, 7))
+    assert model.training
+    assert model.asked == (2, 7)
+    assert whole["num_targets"].tolist() == [int((tiny.Loader(9, num_samples=9).labels[..., 0] != 0).sum())] * 2
+    assert whole["states"].shape == (2, 6)
+    for name, sums in whole.items():
+        assert sums.dtype == torch.float64
+        torch.testing.assert_close(sums, parts[name], rtol=1e-6, atol=1e-6)
+
+
+def test_a_model_without_scores_is_named(tiny: Any) -> None:
+    with pytest.raises(TypeError, match="model is a TinyModel, which has no method scores"):
+        score(tiny.Model(), tiny.Loader(6))

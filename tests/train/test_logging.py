@@ -18,7 +18,7 @@ from eventkern.data import Schema
 from eventkern.train import Ledger
 from eventkern.train.curves import plot_curves
 from eventkern.train.lines import heading, line
-from eventkern.train.logging import RunLog, cut_metrics, print_ledger, print_table, read_metrics
+from eventkern.train.logging import RunLog, cut_metrics, print_shown, print_table, read_metrics
 
 FLIGHTS = Schema.load("flights").category_names
 
@@ -141,7 +141,7 @@ def test_a_terminal_gets_a_bar_with_loss_and_ledger(
         log.write(row(10), [0.125])
         log.say("[odd] words")
         log.show_ledger(ledger)
-    print_ledger(ledger)
+    print_shown(ledger)
     out = capsys.readouterr().out
     assert "10/40" in out
     for words in (*heading(40).splitlines(), line(row(10), 40)):

@@ -1,0 +1,177 @@
+"""`eventkern evaluate`: its tables, its files, and stores that the run was not trained on."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from eventkern.cli import main
+from eventkern.data import EventLoader, EventStore
+from eventkern.models import EventTransformer, EventTransformerConfig
+from eventkern.train import device
+from eventkern.train.checkpoint import load_checkpoint
+
+SCHEMA = """
+name = "visits"
+timestamp = "when"
+timezone = "UTC"
+key = "person"
+split = "2024-03-01"
+streams = [{ name = "person", entity = "person" }, { name = "time", entity = "all" }]
+categories = [
+  { name = "person", kind = "id" },
+  { name = "place", kind = "id" },
+  { name = "price", kind = "bins", bins = 4 },
+  { name = "year", kind = "time", column = "when", field = "year" },
+]
+"""
+CONFIG = """
+src_seq_len = 4
+tgt_seq_len = 3
+id_category_size = 20
+epochs = 50
+max_steps = 20
+batch_size = 8
+lr = 0.01
+schedule = "constant"
+evaluate_every = 20
+device = "cpu"
+data = { store = "store" }
+model = { d_model = 16, num_heads = 2 }
+"""
+NAMES = ["person", "place", "price", "year"]
+
+
+def visits(first: datetime.datetime, seed: int, num_rows: int = 400) -> str:
+    """A person's next place follows from the present one, but for one in ten."""
+    draw = random.Random(seed)
+    places = dict.fromkeys(range(6), 0)
+    lines = ["when,person,place,price"]
+    for row in range(num_rows):
+        at = first + datetime.timedelta(hours=5 * row)
+        person = draw.randrange(6)
+        places[person] = draw.randrange(5) if draw.random() < 0.1 else (places[person] + 1) % 5
+        lines.append(f"{at:%Y-%m-%dT%H:%M:%S},p{person},site {places[person]},{draw.gauss(places[person], 1):.3f}")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def allocator() -> Iterator[None]:
+    """Commands run in the test process here, whose allocator must stay as it was for tests that measure memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "keep_freed_memory", lambda: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a table, its schema and store, and a run of 20 steps; tests write new files there alone."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "visits.csv").write_text(visits(datetime.datetime(2024, 1, 1), 3))
+    (folder / "visits.toml").write_text(SCHEMA)
+    (folder / "small.toml").write_text(CONFIG)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["prepare", "visits.csv", "--schema", "visits.toml", "--out", "store"]) == 0
+        assert main(["train", "small.toml", "--run-dir", "run"]) == 0
+    return folder
+
+
+@pytest.fixture
+def here(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(made)
+    return made
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    assert main(["evaluate", "run", "--device", "cpu", *arguments]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads(path.read_text())
+    return told
+
+
+def test_the_files_and_the_tables_say_the_same(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(here.rglob("*"))
+    run(capsys)
+    assert sorted(here.rglob("*")) == before  # without --out it prints alone
+    shown = run(capsys, "--out", "new/folder", "--top-k", "1", "3", "100", "--batch-size", "7")
+    assert sorted(path.name for path in (here / "new/folder").iterdir()) == ["evaluation.json", "evaluation.png"]
+    assert "wrote new/folder/evaluation.json and evaluation.png" in shown
+    told = read_json(here / "new/folder/evaluation.json")
+    assert (told["checkpoint"], told["precision"]) == ("run/checkpoints/best", "fp32")
+    trained = read_json(here / "run/ledger.json")
+    table = shown[shown.index("Scorecard") :]
+    for category, held, known in zip(
+        told["scorecard"]["categories"], told["ledger"]["categories"], trained["categories"], strict=True
+    ):
+        assert held["model"] == pytest.approx(known["model"], rel=1e-5)
+        assert category["loss"] == held["model"]
+        assert category["perplexity"] == pytest.approx(math.exp(held["model"]))
+        assert category["top_k"]["1"] == held["top1"] == pytest.approx(known["top1"], abs=1e-6)
+        assert category["top_k"]["1"] <= category["top_k"]["3"] <= category["top_k"]["100"] == 1
+        assert sum(each["num_labels"] for each in category["reliability"]) == category["num_labels"] > 0
+        (line,) = [line for line in table.splitlines() if line.startswith(category["name"] + " ")]
+        assert f"{category['perplexity']:.3f}" in line
+        assert f"{100 * category['calibration_error']:.1f} %" in line
+        assert f"{100 * category['top_k']['3']:.1f} %" in line
+    assert told["scorecard"]["sum"]["loss"] == pytest.approx(trained["sum"]["model"], rel=1e-5)
+
+
+def test_scores_are_those_of_all_windows_at_once(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "--out", "parts", "--batch-size", "5")
+    state, store = load_checkpoint(here / "run/checkpoints/best"), EventStore.open("store")
+    model = EventTransformer(EventTransformerConfig(**state["metadata"]["model"])).eval()
+    model.load_state_dict(state["model"])
+    sizes = {"src_seq_len": 4, "tgt_seq_len": 3, "id_category_size": 20}
+    (batch,) = EventLoader(store, "validation", batch_size=10_000, **sizes)
+    labels = batch.targets[:, 1:].long()
+    with torch.no_grad():
+        states = model.decode(batch.targets[:, :-1], model.encode(batch.sources))
+    for head, category in enumerate(read_json(here / "parts/evaluation.json")["scorecard"]["categories"]):
+        kept = labels[..., head] != 0
+        label, p = labels[..., head][kept], model.heads.probabilities(states, head)[kept].double()
+        assert category["num_labels"] == len(label) == int(batch.num_targets)
+        one_hot = torch.nn.functional.one_hot(label, p.shape[1])
+        assert category["brier"] == pytest.approx(float((p - one_hot).square().sum(1).mean()), rel=1e-5)
+        assert category["confidence"] == pytest.approx(float(p.amax(1).mean()), rel=1e-5)
+        assert category["top_k"]["5"] == pytest.approx(
+            float((p.topk(min(5, p.shape[1])).indices == label[:, None]).any(1).double().mean())
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--top-k 0 5", "top_k is (0, 5), but must be one number or more, each at least 1"),
+        ("--out visits.csv", "--out visits.csv: is a file; give the path of a folder"),
+    ],
+)
+def test_mistakes_are_one_line(here: Path, capsys: pytest.CaptureFixture[str], arguments: str, message: str) -> None:
+    capsys.readouterr()
+    assert main(["evaluate", "run", *arguments.split()]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith(f"eventkern: {message}")
+    assert shown.err.count("\n") == 1
+    assert shown.out == ""
+
+
+def test_without_matplotlib_the_numbers_are_written(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eventkern.train.reliability.has", lambda package: False)
+    shown = run(capsys, "--out", "numbers")
+    assert [path.name for path in (here / "numbers").iterdir()] == ["evaluation.json"]
+    assert re.search(r"wrote numbers/evaluation.json; no picture, for want of matplotlib", shown)
