@@ -105,6 +105,8 @@ class Prepare:
     """Folder of the store."""
     schema: str | None = None
     """A schema file, else the name of one that ships; flights and synthetic have their own."""
+    like: str | None = None
+    """A store whose schema and classes are taken, so that a checkpoint of it can be evaluated on the new one."""
     on_error: Literal["raise", "skip"] = "raise"
     """At a row that cannot be read: stop, or leave it out, count it and list it."""
     overwrite: bool = False

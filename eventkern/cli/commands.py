@@ -26,12 +26,13 @@ def prepare(command: Prepare) -> None:
     """`eventkern prepare`: prints what it did."""
     import rich
 
-    from eventkern.data.shipped import prepare_source
+    from eventkern.data.shipped import open_store, prepare_source
     from eventkern.train.run_folder import require_folder
 
     if not command.out.is_file():  # a file there is named by the data room
         require_folder(command.out, "--out")
-    options = {"on_error": command.on_error, "overwrite": command.overwrite}
+    options: dict[str, Any] = {"on_error": command.on_error, "overwrite": command.overwrite}
+    options["like"] = open_store(command.like) if command.like else None
     rich.print(prepare_source(command.source, command.schema, command.out, **options))
 
 
@@ -159,12 +160,14 @@ def fold_of(config: RunConfig) -> Fold | None:
     return None if config.folds is None or config.fold is None else Fold(config.fold, config.folds)
 
 
-def build_ledger(store: EventStore, id_category_size: int, fold: Fold | None) -> Ledger:
-    """The ledger with the baselines of a store, or of a fold of its keys."""
+def build_ledger(
+    store: EventStore, id_category_size: int, fold: Fold | None, counted_on: EventStore | None = None
+) -> Ledger:
+    """The ledger with the baselines of a store, or of a fold of its keys, counted on another store or on itself."""
     from eventkern.data.baselines import baselines
     from eventkern.train import Ledger
 
-    table = baselines(store, id_category_size, fold)
+    table = baselines(store, id_category_size, fold, counted_on)
     note = fold.note(store.schema.key) if fold else None
     return Ledger(table.names, table.classes, table.marginal, table.first_order, table.floor, note=note)
 

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eventkern.cli.arguments import Evaluate
+from eventkern.cli.arguments import Evaluate, RunConfig
 from eventkern.cli.commands import build_ledger, open_run
 
 if TYPE_CHECKING:
+    from eventkern.data import EventStore
     from eventkern.train import Ledger, Scorecard
 
 
@@ -31,13 +32,14 @@ def evaluate_checkpoint(command: Evaluate) -> None:
     if command.out is not None:
         require_folder(command.out, "--out")
     run = open_run(command.checkpoint, command.store, command.device)
+    counted_on = None if run.store.split_row else training_store(run.config, run.store)
     keys = ("src_seq_len", "tgt_seq_len", "id_category_size")
     options: dict[str, Any] = {key: getattr(run.config, key) for key in keys}
     options |= {"batch_size": command.batch_size, "device": run.device, "fold": run.fold}
     loader = EventLoader(run.store, "validation", **options)
     sums = score(run.model, loader, top_k=command.top_k, precision=run.precision, device=run.device)
     scorecard = Scorecard(run.model.head_names, run.model.config.category_sizes, command.top_k, sums)
-    ledger = build_ledger(run.store, run.config.id_category_size, run.fold)
+    ledger = build_ledger(run.store, run.config.id_category_size, run.fold, counted_on)
     ledger.update(run.step, scorecard.loss, scorecard.top1)
     print_shown(ledger)
     print()
@@ -45,6 +47,19 @@ def evaluate_checkpoint(command: Evaluate) -> None:
     if command.out is not None:
         told = {"checkpoint": str(run.path), "store": str(run.store.path), "precision": run.precision}
         write_evaluation(command.out, told, ledger, scorecard)
+
+
+def training_store(config: RunConfig, store: EventStore) -> EventStore:
+    """The store that a run was trained on: what its baselines are counted on, where `store` has no training period."""
+    from eventkern.data import DataError
+    from eventkern.data.shipped import open_store
+
+    try:
+        return open_store(config.data.store)
+    except DataError as error:
+        raise DataError(
+            f"{store.path}: has no event before its split, so baselines are counted on the run's own store, and {error}"
+        ) from error
 
 
 def write_evaluation(out: Path, told: dict[str, Any], ledger: Ledger, scorecard: Scorecard) -> None:

@@ -11,6 +11,7 @@ k is 1, 10 or 100, chosen for each category on the last tenth of the training la
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +49,9 @@ class Baselines:
     floor: NDArray[np.float64]
 
 
-def baselines(store: EventStore, id_category_size: int, fold: Fold | None = None) -> Baselines:
+def baselines(
+    store: EventStore, id_category_size: int, fold: Fold | None = None, counted_on: EventStore | None = None
+) -> Baselines:
     """Count over the training labels, judge on the validation labels.
 
     A label is an event with a predecessor of its key; one of class 1 (missing or out-of-vocabulary) counts like others.
@@ -57,50 +60,64 @@ def baselines(store: EventStore, id_category_size: int, fold: Fold | None = None
         store: a prepared store.
         id_category_size: codes at or above a category's size under it read 1, as they do for the model.
         fold: keys that validate over all time while the others train; None: the store's split decides by time.
+        counted_on: the store whose training labels are counted, of the same classes; None: `store` itself.
 
     Raises:
         DataError: one of the periods, or the fold or all others, holds no label.
     """
+    counted_on = counted_on or store
     sizes = store.sizes(id_category_size)
-    index = store.index(store.schema.key)
-    has_predecessor = np.ones(len(index.rows), bool)
-    has_predecessor[index.offsets[:-1][np.diff(index.offsets) > 0]] = False
-    positions = np.flatnonzero(has_predecessor)
-    rows, previous = index.rows[positions], index.rows[positions - 1]
-    by_time = np.argsort(rows, kind="stable")
-    rows, previous = rows[by_time], previous[by_time]
-    is_held_out = rows >= store.split_row if fold is None else fold.held_out(store)[index.entity_of_row[rows]]
-    training, validation = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
-    for period, events in (("training", training), ("validation", validation)):
-        if len(events) == 0:
-            mend = "move the split" if fold is None else f"take another than {fold}"
-            raise DataError(f"{store.path}: no {period} event has a predecessor of its key; {mend}")
+    training = _labels(counted_on, "training", fold)
+    validation = _labels(store, "validation", fold)
 
     marginal, first_order, strengths = [], [], []
     for number, size in enumerate(sizes):
-        column = np.array(store.codes[:, number], np.int64)
-        column[column >= size] = 1
-        labels, given = column[rows[training]], column[previous[training]]
+        labels, given = (_column(counted_on, number, size)[rows] for rows in training)
         nine_tenths = max(int(len(labels) * (1 - TAIL)), 1)
         fitted = _Counts(labels[:nine_tenths], given[:nine_tenths], size)
         tail = slice(min(nine_tenths, len(labels) - 1), None)
         losses = [fitted.first_order(labels[tail], given[tail], k) for k in STRENGTHS]
         strengths.append(STRENGTHS[int(np.argmin(losses))])
         counts = _Counts(labels, given, size)
-        judged = column[rows[validation]]
+        judged, before = (_column(store, number, size)[rows] for rows in validation)
         marginal.append(float(-np.log(counts.p[judged]).mean()))
-        first_order.append(counts.first_order(judged, column[previous[validation]], strengths[-1]))
+        first_order.append(counts.first_order(judged, before, strengths[-1]))
 
     floor = store.floor(id_category_size) if fold is None else None
     return Baselines(
         names=store.schema.category_names,
-        num_labels=len(validation),
+        num_labels=len(validation[0]),
         classes=np.array(sizes, np.int64),
         marginal=np.array(marginal),
         first_order=np.array(first_order),
         first_order_k=np.array(strengths, np.int64),
         floor=np.full(len(sizes), np.nan) if floor is None else floor,
     )
+
+
+def _labels(
+    store: EventStore, period: Literal["training", "validation"], fold: Fold | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The rows of a period's labels in their order, and those of their predecessors."""
+    index = store.index(store.schema.key)
+    has_predecessor = np.ones(len(index.rows), bool)
+    has_predecessor[index.offsets[:-1][np.diff(index.offsets) > 0]] = False
+    positions = np.flatnonzero(has_predecessor)
+    rows, previous = index.rows[positions], index.rows[positions - 1]
+    is_held_out = rows >= store.split_row if fold is None else fold.held_out(store)[index.entity_of_row[rows]]
+    is_wanted = is_held_out == (period == "validation")
+    if not is_wanted.any():
+        mend = "move the split" if fold is None else f"take another than {fold}"
+        raise DataError(f"{store.path}: no {period} event has a predecessor of its key; {mend}")
+    rows, previous = rows[is_wanted], previous[is_wanted]
+    by_time = np.argsort(rows, kind="stable")
+    return rows[by_time], previous[by_time]
+
+
+def _column(store: EventStore, number: int, size: int) -> NDArray[np.int64]:
+    column = np.array(store.codes[:, number], np.int64)
+    column[column >= size] = 1
+    return column
 
 
 class _Counts:

@@ -16,21 +16,29 @@ from eventkern.data.report import Watch
 from eventkern.data.schema import DataError, Schema
 from eventkern.data.sections import code_dtype, lay_out
 from eventkern.data.source import Advance
-from eventkern.data.store import FORMAT_VERSION
-from eventkern.data.vocabulary import MISSING_CLASS, Classes, fit_bins, fit_fixed, fit_id
+from eventkern.data.store import FORMAT_VERSION, EventStore
+from eventkern.data.vocabulary import MISSING_CLASS, Classes, fit_bins, fit_fixed, fit_id, told_classes
 
 OOV_SIZES = (100, 1000, 4096)
 NEVER = np.iinfo(np.int64).min
 
 
-def write_binary(ingested: Ingested, schema: Schema, file: Path, watch: Watch) -> dict[str, Any]:
-    """Write store.bin, and return what store.json tells of it.
+def write_binary(
+    ingested: Ingested, schema: Schema, file: Path, watch: Watch, like: EventStore | None = None
+) -> dict[str, Any]:
+    """Write store.bin, and return what store.json tells of it; the classes are those of the store `like`, else fitted.
 
     Raises:
-        DataError: no row lies before the split, or none after it.
+        DataError: no row lies after the split, or, where classes are to be fitted, none before it.
     """
-    is_training = _training_rows(ingested, schema)
-    classes = _fit(ingested, schema, is_training, partial(watch, "fitting"))
+    is_training = _training_rows(ingested, schema, needs_training=like is None)
+    if like is None:
+        classes = _fit(ingested, schema, is_training, partial(watch, "fitting"))
+    else:
+        classes = [
+            told_classes(category, told, ingested.values[category.name].numbers if category.kind == "id" else {})
+            for category, told in zip(schema.categories, like.info["categories"], strict=True)
+        ]
     split_row = int(np.count_nonzero(is_training))
     del is_training
 
@@ -78,7 +86,7 @@ def write_binary(ingested: Ingested, schema: Schema, file: Path, watch: Watch) -
     return info
 
 
-def _training_rows(ingested: Ingested, schema: Schema) -> NDArray[np.bool_]:
+def _training_rows(ingested: Ingested, schema: Schema, needs_training: bool) -> NDArray[np.bool_]:
     """Whether each source row lies before the split."""
     is_training = np.empty(ingested.num_events, bool)
     extent = []
@@ -86,7 +94,7 @@ def _training_rows(ingested: Ingested, schema: Schema) -> NDArray[np.bool_]:
         times = ingested.spill.read(TIMESTAMP, block)
         is_training[block] = times < schema.split_ns
         extent += [int(times.min()), int(times.max())]
-    if is_training.all() or not is_training.any():
+    if is_training.all() or (needs_training and not is_training.any()):
         where = "before" if is_training.all() else "at or after"
         first, last = (np.datetime64(edge, "ns").astype("datetime64[s]") for edge in (min(extent), max(extent)))
         raise DataError(

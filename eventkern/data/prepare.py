@@ -40,6 +40,7 @@ def prepare(
     floor: Floor | None = None,
     overwrite: bool = False,
     name: str | None = None,
+    like: EventStore | None = None,
 ) -> PrepareReport:
     """Convert a table of events into a store.
 
@@ -58,6 +59,8 @@ def prepare(
             that computes it from the finished store, before that appears at `out`.
         overwrite: replace a store that is already there.
         name: what store.json calls the source; its path unless given.
+        like: take the classes of this store (values, bin edges, years) instead of fitting them, so that a model of it
+            reads the new one: values that it does not know are out of vocabulary, and no row need lie before the split.
 
     Returns:
         What was done.
@@ -69,13 +72,17 @@ def prepare(
     """
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error is {on_error!r}; give 'raise' or 'skip'")
+    if like is not None and (schema.categories, schema.timezone) != (like.schema.categories, like.schema.timezone):
+        raise DataError(
+            f"{like.path}: its categories or time zone are not those of schema {schema.name!r}; give a store of those"
+        )
     started = time.perf_counter()
     files = source_files(source, schema.columns)
     with _published(Path(out), overwrite) as folder, progress_bar(progress) as watch:
         spill = Spill(folder / "spill")
         try:
             ingested = ingest(files, schema, spill, on_error, partial(watch, "reading"))
-            info = write_binary(ingested, schema, folder / "store.bin", watch)
+            info = write_binary(ingested, schema, folder / "store.bin", watch, like)
         finally:
             spill.close()
         shutil.rmtree(folder / "spill")

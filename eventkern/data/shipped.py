@@ -46,13 +46,16 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eventkern"
 
 
-def prepare_source(source: str, schema: Schema | str | None, out: Path, **options: Any) -> PrepareReport:
+def prepare_source(
+    source: str, schema: Schema | str | None, out: Path, *, like: EventStore | None = None, **options: Any
+) -> PrepareReport:
     """Prepare a file, a folder, or a table that eventkern makes itself, which has a schema of its own.
 
     Args:
         source: what `prepare` reads, or `flights` or `synthetic`.
-        schema: a schema, the path of one, or the name of one that ships; None: the table's own.
+        schema: a schema, the path of one, or the name of one that ships; None: that of `like`, else the table's own.
         out: folder of the store.
+        like: of `prepare`.
         options: of `prepare`.
 
     Raises:
@@ -60,6 +63,9 @@ def prepare_source(source: str, schema: Schema | str | None, out: Path, **option
     """
     from eventkern.data.prepare import made_parents, prepare
 
+    options["like"] = like
+    if schema is None and like is not None:
+        schema = like.schema
     if schema is None and source not in TABLES:
         raise DataError(f"{source}: has no schema of its own; give one: --schema FILE, or the name of one that ships")
     if not isinstance(schema, Schema):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,7 +65,8 @@ class Classes:
         if self.category.unit is not None and self.category.limit is not None:
             units = np.minimum(raw // (UNIT_SECONDS[self.category.unit] * 1_000_000_000), self.category.limit)
             return np.where(raw < 0, MISSING_CLASS, units + FIRST_CLASS)
-        return np.where(raw < 0, MISSING_CLASS, raw - self.first + FIRST_CLASS)
+        known = (raw >= self.first) & (raw < self.first + len(self.values))  # -1, or a year of another table
+        return np.where(known, raw - self.first + FIRST_CLASS, MISSING_CLASS)
 
     def to_dict(self) -> dict[str, Any]:
         """What store.json tells of the classes."""
@@ -127,6 +128,26 @@ def fit_fixed(category: Category, years: tuple[int, int] | None) -> Classes:
     first = 1 if category.field in ("month", "day") else 0
     size = FIELD_SIZES[category.field or ""] or 0
     return Classes(category, tuple(map(str, range(first, first + size))), first=first)
+
+
+def told_classes(category: Category, told: Mapping[str, Any], numbers: Mapping[str, int]) -> Classes:
+    """The classes that store.json tells of, for another table; what they do not cover is out of vocabulary.
+
+    Args:
+        category: the category.
+        told: as `Classes.to_dict` wrote it.
+        numbers: `id`: the number of each distinct value of the other table.
+    """
+    values = tuple(told["values"])
+    if category.kind == "id":
+        table = np.full(len(numbers) + 1, MISSING_CLASS, np.int32)
+        for code, value in enumerate(values, FIRST_CLASS):
+            if value in numbers:
+                table[numbers[value]] = code
+        return Classes(category, values, table=table)
+    if category.kind == "bins":
+        return Classes(category, values, edges=np.array(told["edges"], np.float64))
+    return fit_fixed(category, (int(values[0]), int(values[-1])) if category.field == "year" else None)
 
 
 def _is_integer(text: str) -> bool:

@@ -12,6 +12,8 @@ from eventkern.train.checkpoint import CheckpointError
 
 MEND = "give the store it was trained on (--store / --data.store)"
 
+LIKE = ", or one prepared with its classes (prepare --like)"
+
 
 def digest(meaning: Any) -> str:
     """A short name for plain values: equal for equal ones, and on every machine."""
@@ -38,11 +40,11 @@ def refuse_other_lineage(there: Mapping[str, Any], here: Mapping[str, Any], chec
         if old[name]["classes"] != new[name]["classes"]:
             raise CheckpointError(
                 f"{other} category {name!r} has {old[name]['classes']} classes in the checkpoint and "
-                f"{new[name]['classes']} in the store; {MEND}, and its id_category_size"
+                f"{new[name]['classes']} in the store; {MEND}{LIKE}, and its id_category_size"
             )
     renamed = [name for name in new if old[name]["meaning"] != new[name]["meaning"]]
     if renamed:
-        raise CheckpointError(f"{other} the classes of {', '.join(renamed)} stand for other values; {MEND}")
+        raise CheckpointError(f"{other} the classes of {', '.join(renamed)} stand for other values; {MEND}{LIKE}")
     for part in ("streams", "key"):
         before, now = _shown(there[part]), _shown(here[part])
         if before != now:

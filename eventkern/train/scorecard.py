@@ -15,11 +15,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NARROW = {"perplexity": "per-\nplexity", "confidence": "confi-\ndence"}
-CAPTION = (
-    "perplexity: exp(loss), of the sum that of whole events. top-k: the label is among the k likeliest classes. "
-    "confidence: mean probability of the likeliest class, to be held against top-1. ECE: mean distance of the two over "
-    "bins of confidence. Brier: squared error of the probabilities, 0 to 2."
-)
+CAPTION = """\
+perplexity: exp(loss); of the sum, that of whole events. Brier: squared error, 0 to 2.
+top-k: the label is among the k likeliest classes. confidence: mean probability of
+the likeliest class. ECE: mean distance of confidence and top-1 over bins of it."""
 
 
 class Scorecard:

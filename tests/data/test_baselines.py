@@ -50,6 +50,26 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> EventStore:
     return EventStore.open(folder / "store")
 
 
+def test_counts_of_another_store_judge_this_one(store: EventStore, tmp_path: Path) -> None:
+    own = baselines(store, 100)
+    table = store.path.parent / "table.parquet"
+    prepare(table, replace(SCHEMA, split="1970-01-01T00:00:00"), tmp_path / "late", like=store)
+    late = EventStore.open(tmp_path / "late")
+    assert late.split_row == 0
+    found = baselines(late, 100, counted_on=store)
+    assert found.num_labels > own.num_labels
+    assert found.first_order_k.tolist() == own.first_order_k.tolist()
+    rows = late.index("who").rows
+    judged = np.delete(rows, late.index("who").offsets[:-1])
+    labels = np.array(store.codes, np.int64)
+    training = judged[judged < store.split_row]
+    for number in range(4):
+        counts = np.bincount(labels[training, number], minlength=own.classes[number]) + 1
+        p = counts / (len(training) + own.classes[number] - 1)
+        assert found.marginal[number] == pytest.approx(-np.log(p[labels[judged, number]]).mean())
+    assert baselines(store, 100, counted_on=store).first_order.tolist() == own.first_order.tolist()
+
+
 def brute_force(
     store: EventStore, number: int, size: int, k: int | None, held_out: list[bool] | None = None
 ) -> tuple[float, float, int, int]:

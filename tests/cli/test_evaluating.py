@@ -78,6 +78,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     (folder / "visits.csv").write_text(visits(datetime.datetime(2024, 1, 1), 3))
     (folder / "visits.toml").write_text(SCHEMA)
+    (folder / "early.toml").write_text(SCHEMA.replace("2024-03-01", "2023-03-01"))
     (folder / "small.toml").write_text(CONFIG)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -150,6 +151,45 @@ def test_scores_are_those_of_all_windows_at_once(here: Path, capsys: pytest.Capt
         assert category["top_k"]["5"] == pytest.approx(
             float((p.topk(min(5, p.shape[1])).indices == label[:, None]).any(1).double().mean())
         )
+
+
+def test_next_years_table_is_evaluated_with_the_classes_of_this_one(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "next.csv").write_text(visits(datetime.datetime(2025, 1, 1), 4).replace("p5,", "p9,"))
+    assert main(["prepare", "next.csv", "--schema", "visits.toml", "--out", "fitted"]) == 2
+    assert "every event lies at or after the split" in capsys.readouterr().err
+    assert main(["prepare", "next.csv", "--like", "store", "--out", "next"]) == 0
+    shown = run(capsys, "--store", "next", "--out", "years")
+    assert f"{400 - 6} validation labels a category" in shown  # but for the first event of each
+    told = read_json(here / "years/evaluation.json")
+    assert told["store"] == "next"
+    person, place, price, year = told["ledger"]["categories"]
+    trained = {each["name"]: each for each in read_json(here / "run/ledger.json")["categories"]}
+    assert place["model"] == pytest.approx(trained["place"]["model"], abs=0.35)
+    assert place["marginal"] == pytest.approx(trained["place"]["marginal"], abs=0.1)
+    assert price["classes"] == trained["price"]["classes"]
+    # A person in six is unknown, and so is the year: class 1, which training never saw.
+    labels = EventStore.open("store").split_row - 6
+    assert year["marginal"] == pytest.approx(math.log(labels + year["classes"] - 1))
+    assert person["marginal"] > trained["person"]["marginal"] + 0.4
+
+
+def test_the_store_of_the_run_is_asked_for_where_it_alone_can_be_counted_on(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["prepare", "visits.csv", "--like", "store", "--schema", "early.toml", "--out", "early"]) == 0
+    (here / "store").rename(here / "moved")
+    try:
+        capsys.readouterr()
+        assert main(["evaluate", "run", "--store", "early", "--device", "cpu"]) == 2
+        told = capsys.readouterr().err
+    finally:
+        (here / "moved").rename(here / "store")
+    assert told.startswith(
+        "eventkern: early: has no event before its split, so baselines are counted on the run's own "
+    )
+    assert "holds no event store" in told
 
 
 @pytest.mark.parametrize(
