@@ -36,7 +36,7 @@ def evaluate_checkpoint(command: Evaluate) -> None:
     keys = ("src_seq_len", "tgt_seq_len", "id_category_size")
     options: dict[str, Any] = {key: getattr(run.config, key) for key in keys}
     options |= {"batch_size": command.batch_size, "device": run.device, "fold": run.fold}
-    loader = EventLoader(run.store, "validation", **options)
+    loader = EventLoader(run.store, "validation", by_length=True, **options)
     sums = score(run.model, loader, top_k=command.top_k, precision=run.precision, device=run.device)
     scorecard = Scorecard(run.model.head_names, run.model.config.category_sizes, command.top_k, sums)
     ledger = build_ledger(run.store, run.config.id_category_size, run.fold, counted_on)

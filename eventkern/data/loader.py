@@ -2,9 +2,12 @@
 
 from collections.abc import Generator, Iterator
 from contextlib import closing
+from dataclasses import replace
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from eventkern.data.folds import Fold
@@ -47,6 +50,8 @@ class EventLoader:
             one shape alone.
         prefetch: batches gathered ahead of the consumer; 0: each is gathered when asked for, in the consumer's thread.
         fold: keys that validate over all time while the others train; None: the store's split decides by time.
+        by_length: order the windows by their number of labels, and cut each batch's targets to (B, L + 1, C) with L
+            the most labels of a window of it (or of another rank's, of that global batch), where padding alone is cut.
 
     Attributes:
         num_samples: windows of an epoch over all ranks.
@@ -77,6 +82,7 @@ class EventLoader:
         pad_last: bool = False,
         prefetch: int = 2,
         fold: Fold | None = None,
+        by_length: bool = False,
     ) -> None:
         src_seq_len = check_integer("src_seq_len", src_seq_len, 1, MAX_LENGTH)
         tgt_seq_len = check_integer("tgt_seq_len", tgt_seq_len, 1, MAX_LENGTH)
@@ -88,6 +94,17 @@ class EventLoader:
             raise DataError(f"{store.path}: no key that {split} takes under {fold} has two events; take another fold")
         if len(anchors) == 0:
             raise DataError(f"{store.path}: the {split} period has no event with a successor; move the schema's split")
+        shuffle = split == "train" if shuffle is None else shuffle
+        if by_length and shuffle:
+            raise ValueError("by_length is True with shuffle; want one of the two: lengths leave no order to shuffle")
+        limits = store.limits(split, fold)
+        self._lengths: NDArray[np.int64] | None = None
+        if by_length:
+            offsets = store.index(store.schema.key).offsets
+            ends = limits[np.searchsorted(offsets, anchors, side="right") - 1]
+            lengths = np.minimum(ends - anchors - 1, tgt_seq_len)
+            by_lengths = np.argsort(lengths, kind="stable")
+            anchors, self._lengths = anchors[by_lengths], lengths[by_lengths]
         self.store = store
         self.num_samples = len(anchors)
         self.pad_last = pad_last
@@ -96,7 +113,7 @@ class EventLoader:
             self.num_samples,
             batch_size,
             seed=seed,
-            shuffle=split == "train" if shuffle is None else shuffle,
+            shuffle=shuffle,
             rank=rank,
             world_size=world_size,
             drop_last=drop_last,
@@ -105,7 +122,7 @@ class EventLoader:
         self._gatherer = WindowGatherer(
             store,
             anchors,
-            store.limits(split, fold),
+            limits,
             src_seq_len=src_seq_len,
             tgt_seq_len=tgt_seq_len,
             id_category_size=id_category_size,
@@ -122,7 +139,11 @@ class EventLoader:
 
         def unwrapped(placed: Placed) -> EventBatch:
             consumed(placed.position)
-            return placed.batch.padded(self.sampler.batch_size) if self.pad_last else placed.batch
+            batch = placed.batch.padded(self.sampler.batch_size) if self.pad_last else placed.batch
+            if self._lengths is None:
+                return batch
+            longest = int(self._lengths[placed.position - 1])  # windows come in the order of their lengths
+            return replace(batch, targets=batch.targets[:, : longest + 1])
 
         with closing(self._placed(walk)) as batches:
             yield from map(unwrapped, batches)  # no variable here may hold a batch that the consumer dropped

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from eventkern.data import Category, DataError, EventLoader, EventStore, IndexSampler, Schema, Stream
+from eventkern.data import Category, DataError, EventLoader, EventStore, Fold, IndexSampler, Schema, Stream
 from eventkern.data.loader import WindowGatherer
 from eventkern.data.prepare import prepare
 
@@ -338,3 +338,37 @@ def test_a_short_last_batch_is_filled_with_padding_that_does_not_count(store, sp
     assert not last.sources[short:].any()
     assert not last.targets[short:].any()
     assert last.sources.dtype == last.targets.dtype == torch.int32
+
+
+@pytest.mark.parametrize("fold", [None, Fold(0, 2)])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_windows_by_length_are_the_same_with_less_padding(store, world_size, fold):
+    settings = SETTINGS | {"tgt_seq_len": 9, "fold": fold}
+    (plain,) = EventLoader(store, "validation", **settings | {"batch_size": 10_000})
+    shares = [
+        [*EventLoader(store, "validation", by_length=True, rank=rank, world_size=world_size, **settings)]
+        for rank in range(world_size)
+    ]
+    horizons = []
+    for batches in zip(*shares, strict=True):
+        horizon = {batch.targets.shape[1] - 1 for batch in batches}
+        labels = torch.cat([(batch.targets[:, 1:, 0] != 0).sum(1) for batch in batches])
+        assert horizon == {int(labels.max())}  # nothing but padding is cut, and all of what can be
+        assert sum(int(batch.num_targets) for batch in batches) == int(labels.sum())
+        horizons += horizon
+    assert horizons == sorted(horizons)
+    assert len(set(horizons)) > 2
+    cut = [batch for batches in shares for batch in batches]
+    padded = [torch.nn.functional.pad(batch.targets, (0, 0, 0, 10 - batch.targets.shape[1])) for batch in cut]
+    found = torch.cat([torch.cat([batch.sources.flatten(1) for batch in cut]), torch.cat(padded).flatten(1)], 1)
+    truth = torch.cat([plain.sources.flatten(1), plain.targets.flatten(1)], 1)
+    dropped = len(truth) % world_size
+    assert len(found) == len(truth) - dropped
+    rows = {tuple(row) for row in truth.tolist()}
+    assert {tuple(row) for row in found.tolist()} <= rows
+    assert len({tuple(row) for row in found.tolist()}) >= len(rows) - dropped
+
+
+def test_lengths_and_a_shuffle_exclude_one_another(store):
+    with pytest.raises(ValueError, match="by_length is True with shuffle"):
+        EventLoader(store, "train", by_length=True, **SETTINGS)
