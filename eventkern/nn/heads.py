@@ -9,10 +9,8 @@ from torch import Tensor, nn
 
 from eventkern.ops import multi_head_cross_entropy
 
-EVALUATED_LOGITS = 1 << 24
-"""Held at once by an evaluation, at most (or one row of a head): 64 MiB in float32."""
-SCORED_LOGITS = 1 << 20
-"""The same of `scores`, which reads them several times: 4 MiB in float32 stay in a cache."""
+EVALUATED_LOGITS = 1 << 20
+"""Held at once by an evaluation, at most (or one row of a head): 4 MiB in float32, which a cache holds."""
 
 
 class MultiHeadCrossEntropy(nn.Module):
@@ -128,7 +126,7 @@ class MultiHeadCrossEntropy(nn.Module):
         sums = []
         with torch.autocast(hidden.device.type, enabled=False):
             for head, size in enumerate(self.head_sizes):
-                block_rows = max(1, SCORED_LOGITS // size)
+                block_rows = max(1, EVALUATED_LOGITS // size)
                 blocks = [
                     _scored(self.logits(block, head), label, label != ignored, top_k, num_bins)
                     for block, label in zip(rows.split(block_rows), labels[:, head].split(block_rows), strict=True)

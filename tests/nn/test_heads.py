@@ -116,7 +116,7 @@ def scored(generator):
 @pytest.mark.parametrize("held_logits", [50, 1 << 20])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_scores_are_those_of_the_definitions(scored, dtype, held_logits, monkeypatch):
-    monkeypatch.setattr(heads, "SCORED_LOGITS", held_logits)
+    monkeypatch.setattr(heads, "EVALUATED_LOGITS", held_logits)
     module, hidden, targets = scored
     scores = module.scores(hidden, targets.to(dtype), (1, 3, 5), 7)
     truth = scored_by_hand(module, hidden, targets, (1, 3, 5), 7)
