@@ -182,7 +182,7 @@ def test_memory_that_an_evaluation_uses_up_names_its_key(
     def use_up(*_: Any) -> None:
         torch.zeros(2**60, dtype=torch.uint8)
 
-    monkeypatch.setattr("eventkern.models.EventTransformer.metrics", use_up)
+    monkeypatch.setattr("eventkern.models.EventTransformer.scores", use_up)
     assert main(["evaluate", "run", "--device", "cpu", "--batch-size", "7"]) == 1
     told = capsys.readouterr().err
     assert told.startswith("eventkern: out of memory at --batch-size 7: lower it (")
