@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "attention.h"
 #include "gather.h"
 #include "gather_pool.h"
 #include "multi_embedding.h"
@@ -38,6 +39,21 @@ WindowGather for_batch(WindowGather gather, uintptr_t windows, int64_t batch_siz
   gather.sources = pointer<void>(sources);
   gather.targets = pointer<void>(targets);
   return gather;
+}
+
+// A tensor (batch, head, position, head_dim): its address and strides.
+using HeadRowsTuple = std::tuple<uintptr_t, std::array<int64_t, 4>>;
+
+HeadRows head_rows(const HeadRowsTuple& tensor) {
+  const auto& [address, strides] = tensor;
+  return {pointer<void>(address), strides[0], strides[1], strides[2]};
+}
+
+// (batch, heads, queries, keys, head_dim) of a call of attention.
+Attention attention_call(const std::array<int64_t, 5>& sizes, bool is_causal, int float_type, int num_threads) {
+  const auto [batch_size, num_heads, num_queries, num_keys, head_dim] = sizes;
+  return {batch_size, num_heads, num_queries, num_keys, static_cast<int>(head_dim), is_causal,
+          static_cast<FloatType>(float_type), num_threads};
 }
 
 // A call of multi_embedding with the first rows that it points to.
@@ -175,6 +191,27 @@ PYBIND11_MODULE(_C, module) {
         py::gil_scoped_release release;
         return gather_rows_cpu(self, pointer<const int64_t>(rows), count, pointer<void>(out), out_bytes, num_threads);
       });
+
+  module.def("attention_cpu",
+             [](const std::array<int64_t, 5>& sizes, bool is_causal, int float_type, int num_threads,
+                const HeadRowsTuple& query, const HeadRowsTuple& key, const HeadRowsTuple& value,
+                const HeadRowsTuple& output, uintptr_t statistics) {
+               const py::gil_scoped_release release;
+               attention_cpu(attention_call(sizes, is_causal, float_type, num_threads), head_rows(query),
+                             head_rows(key), head_rows(value), head_rows(output), pointer<float>(statistics));
+             });
+
+  module.def("attention_backward_cpu",
+             [](const std::array<int64_t, 5>& sizes, bool is_causal, int float_type, int num_threads,
+                const HeadRowsTuple& grad, const HeadRowsTuple& query, const HeadRowsTuple& key,
+                const HeadRowsTuple& value, const HeadRowsTuple& output, uintptr_t statistics,
+                const HeadRowsTuple& query_grad, const HeadRowsTuple& key_grad, const HeadRowsTuple& value_grad) {
+               const py::gil_scoped_release release;
+               attention_backward_cpu(attention_call(sizes, is_causal, float_type, num_threads), head_rows(grad),
+                                      head_rows(query), head_rows(key), head_rows(value), head_rows(output),
+                                      pointer<const float>(statistics), head_rows(query_grad), head_rows(key_grad),
+                                      head_rows(value_grad));
+             });
 
   module.def("multi_embedding_cpu", [](uintptr_t ids, int id_bytes, const std::array<int64_t, 2>& id_strides,
                                        int64_t num_events, const std::vector<int64_t>& table_sizes, int64_t dim,

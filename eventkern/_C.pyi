@@ -6,11 +6,42 @@ has_cuda: bool
 max_permutation_size: int
 max_streams: int
 
+_HeadRows = tuple[int, Sequence[int]]
+"""Address and strides of a tensor (batch, head, position, head_dim)."""
+
 def permutation_cpu(
     n: int, *, seed: int, epoch: int, part: int, start: int, count: int, out: int, num_threads: int
 ) -> None: ...
 def permutation_cuda(
     n: int, *, seed: int, epoch: int, part: int, start: int, count: int, out: int, device: int, stream: int
+) -> None: ...
+def attention_cpu(
+    sizes: tuple[int, int, int, int, int],
+    is_causal: bool,
+    float_type: int,
+    num_threads: int,
+    query: _HeadRows,
+    key: _HeadRows,
+    value: _HeadRows,
+    output: _HeadRows,
+    statistics: int,
+    /,
+) -> None: ...
+def attention_backward_cpu(
+    sizes: tuple[int, int, int, int, int],
+    is_causal: bool,
+    float_type: int,
+    num_threads: int,
+    grad: _HeadRows,
+    query: _HeadRows,
+    key: _HeadRows,
+    value: _HeadRows,
+    output: _HeadRows,
+    statistics: int,
+    query_grad: _HeadRows,
+    key_grad: _HeadRows,
+    value_grad: _HeadRows,
+    /,
 ) -> None: ...
 def multi_embedding_cpu(
     ids: int,

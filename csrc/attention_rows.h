@@ -1,0 +1,149 @@
+// What both passes of attention share: rows of a head to and from float32 scratch, and sixteen of them turned into
+// lanes.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <new>
+
+#include "attention.h"
+#include "parallel.h"
+
+namespace eventkern {
+
+inline constexpr int kChunkKeys = 64;  // whose scores for a block of queries stay in the first-level cache
+inline constexpr int kKeysAtOnce = 4;  // share each load of the queries
+inline constexpr int64_t kGrainElements = 1 << 13;  // fewer products of a query and a key do not pay for a thread
+
+// In units of ln 2, so that a power is 2^x.
+inline constexpr float kLog2E = 1.44269504f;
+inline constexpr float kLn2 = 0.693147181f;
+
+constexpr int64_t whole_lanes(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+
+// Float32 scratch of one thread, carved into parts that begin at whole cache lines.
+class Scratch {
+ public:
+  explicit Scratch(int64_t size) : floats_(static_cast<float*>(::operator new(size * sizeof(float), kAlignment))) {}
+  float* take(int64_t size) {
+    float* part = floats_.get() + taken_;
+    taken_ += whole_lanes(size);
+    return part;
+  }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  struct Free {
+    void operator()(float* floats) const { ::operator delete(floats, kAlignment); }
+  };
+  std::unique_ptr<float, Free> floats_;
+  int64_t taken_ = 0;
+};
+
+// function.operator()<kHeadDim>().
+template <typename Function>
+void with_head_dim(int head_dim, Function function) {
+  switch (head_dim) {
+    case 4:
+      return function.template operator()<4>();
+    case 8:
+      return function.template operator()<8>();
+    case 16:
+      return function.template operator()<16>();
+    case 32:
+      return function.template operator()<32>();
+    default:
+      return function.template operator()<64>();
+  }
+}
+
+// Pairs of a batch entry and a head that one thread works on.
+inline int parts_of(const Attention& call) {
+  const int64_t pairs = call.batch_size * call.num_heads;
+  const int64_t elements = call.num_queries * (call.is_causal ? call.num_queries + 1 : 2 * call.num_keys) / 2;
+  const int64_t grain = std::max<int64_t>(kGrainElements / std::max<int64_t>(elements, 1), 1);
+  return parts_for(pairs, grain, call.num_threads);
+}
+
+// The first row of a pair.
+inline void* rows_of(const HeadRows& tensor, const Attention& call, int64_t pair) {
+  const int64_t offset = pair / call.num_heads * tensor.batch_stride + pair % call.num_heads * tensor.head_stride;
+  return static_cast<char*>(tensor.data) + offset * (call.type == FloatType::kFloat32 ? 4 : 2);
+}
+
+// 2^x for x <= 0 to within 1.4 ulp; below -125 it stays 2^-125. x = n + r, and 2^r is a polynomial fitted for the least
+// relative error on [-1/2, 1/2] (Lawson's iteration). Adding 1.5 * 2^23 rounds to an integer and leaves it in the
+// lowest bits. NaN is kept.
+EVENTKERN_INLINE Lanes exp2_of_negative(Lanes x) {
+  const Lanes least = Lanes{} - 125.0f;
+  x = least > x ? least : x;
+  const Lanes shifted = x + 12582912.0f;
+  const Lanes r = x - (shifted - 12582912.0f);
+  Lanes power = r * 1.32647273e-3f + 9.67151299e-3f;
+  power = power * r + 5.55073358e-2f;
+  power = power * r + 2.40222424e-1f;
+  power = power * r + 6.93147004e-1f;
+  power = power * r + 1.0f;
+  return lanes_of(bits_of(power) + (bits_of(shifted) << 23));
+}
+
+// `hidden` in the lanes before first_seen, which are those of queries that do not see a key.
+EVENTKERN_INLINE Lanes hide(Lanes lanes, int64_t first_seen, float hidden) {
+  using SignedBits = int32_t __attribute__((vector_size(64)));
+  const SignedBits numbers{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return numbers >= static_cast<int32_t>(first_seen) ? lanes : Lanes{} + hidden;
+}
+
+// kLanes rows (kLanes, kHeadDim) to columns (kHeadDim, kLanes).
+template <int kHeadDim>
+EVENTKERN_INLINE void transpose_rows(const float* rows, float* columns) {
+  for (int h = 0; h < kHeadDim; ++h) {
+    for (int lane = 0; lane < kLanes; ++lane) columns[h * kLanes + lane] = rows[lane * kHeadDim + h];
+  }
+}
+
+template <int kHeadDim>
+EVENTKERN_INLINE void transpose_columns(const float* columns, float* rows) {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    for (int h = 0; h < kHeadDim; ++h) rows[lane * kHeadDim + h] = columns[h * kLanes + lane];
+  }
+}
+
+// products[n] = the products of kKeys rows with the columns of 16 queries.
+template <int kHeadDim, int kKeys>
+EVENTKERN_INLINE void multiply_keys(const float* columns, const float* keys, Lanes (&products)[kKeys]) {
+  for (int n = 0; n < kKeys; ++n) products[n] = Lanes{};
+#pragma GCC unroll 8
+  for (int h = 0; h < kHeadDim; ++h) {
+    const Lanes column = load_lanes(columns + h * kLanes);
+    for (int n = 0; n < kKeys; ++n) products[n] += column * keys[n * kHeadDim + h];
+  }
+}
+
+// sums (kHeadDim, kLanes) += panel (num_keys, kLanes) with rows (num_keys, kHeadDim), lane by lane.
+template <int kHeadDim>
+EVENTKERN_INLINE void add_weighted_keys(const float* panel, int64_t num_keys, const float* rows, float* sums) {
+  constexpr int kGroup = std::min(kHeadDim, kLanes);
+  for (int first = 0; first < kHeadDim; first += kGroup) {
+    Lanes group[kGroup];
+#pragma GCC unroll 16
+    for (int h = 0; h < kGroup; ++h) group[h] = load_lanes(sums + (first + h) * kLanes);
+    for (int64_t j = 0; j < num_keys; ++j) {
+      const Lanes weight = load_lanes(panel + j * kLanes);
+#pragma GCC unroll 16
+      for (int h = 0; h < kGroup; ++h) group[h] += weight * rows[j * kHeadDim + first + h];
+    }
+#pragma GCC unroll 16
+    for (int h = 0; h < kGroup; ++h) store_lanes(sums + (first + h) * kLanes, group[h]);
+  }
+}
+
+// The rows of a pair to contiguous float32, times factor.
+void read_rows(const HeadRows& source, const Attention& call, int64_t pair, int64_t count, float factor, float* rows);
+
+// The way back. Both may touch scratch to the end of the lanes that the last row ends in.
+void write_rows(const float* rows, const Attention& call, int64_t pair, int64_t count, float factor,
+                const HeadRows& target);
+
+}  // namespace eventkern
