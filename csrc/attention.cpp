@@ -26,8 +26,9 @@ struct Pair {
 // last_seen + lane.
 template <int kHeadDim, int kKeys>
 EVENTKERN_INLINE Lanes score_keys(const float* columns, const float* keys, int64_t first, int64_t last_seen,
-                                  bool is_masked, float* panel, Lanes high) {
+                                  float* panel, Lanes high) {
   Lanes scores[kKeys];
+  const bool is_masked = first + kKeys - 1 > last_seen;
   multiply_keys<kHeadDim, kKeys>(columns, keys + first * kHeadDim, scores);
   for (int n = 0; n < kKeys; ++n) {
     if (is_masked) scores[n] = hide(scores[n], first + n - last_seen, -kInfinity);
@@ -51,17 +52,15 @@ EVENTKERN_CLONES void attend(const Pair& pair, int64_t num_queries, int64_t num_
     const int64_t end = is_causal ? std::min(query + kLanes, num_keys) : num_keys;
     for (int64_t begin = 0; begin < end; begin += kChunkKeys) {
       const int64_t count = std::min<int64_t>(kChunkKeys, end - begin);
-      const bool is_masked = is_causal && begin + count > query + 1;
       const float* keys = pair.key + begin * kHeadDim;
-      const int64_t last_seen = query - begin;
+      const int64_t last_seen = is_causal ? query - begin : count;
       Lanes chunk_high = high;
       int64_t j = 0;
       for (; j + kKeysAtOnce <= count; j += kKeysAtOnce) {
-        chunk_high = score_keys<kHeadDim, kKeysAtOnce>(columns, keys, j, last_seen, is_masked, panel + j * kLanes,
-                                                       chunk_high);
+        chunk_high = score_keys<kHeadDim, kKeysAtOnce>(columns, keys, j, last_seen, panel + j * kLanes, chunk_high);
       }
       for (; j < count; ++j) {
-        chunk_high = score_keys<kHeadDim, 1>(columns, keys, j, last_seen, is_masked, panel + j * kLanes, chunk_high);
+        chunk_high = score_keys<kHeadDim, 1>(columns, keys, j, last_seen, panel + j * kLanes, chunk_high);
       }
       const Lanes factor = exp2_of_negative(high - chunk_high);
       high = chunk_high;
@@ -69,7 +68,7 @@ EVENTKERN_CLONES void attend(const Pair& pair, int64_t num_queries, int64_t num_
       for (int h = 0; h < kHeadDim; ++h) store_lanes(sums + h * kLanes, load_lanes(sums + h * kLanes) * factor);
       for (j = 0; j < count; ++j) {
         Lanes power = exp2_of_negative(load_lanes(panel + j * kLanes) - high);
-        if (is_masked) power = hide(power, j - last_seen, 0.0f);
+        if (j > last_seen) power = hide(power, j - last_seen, 0.0f);
         sum += power;
         store_lanes(panel + j * kLanes, power);
       }

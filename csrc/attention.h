@@ -20,7 +20,7 @@ struct Attention {
   int64_t num_heads;
   int64_t num_queries;
   int64_t num_keys;  // at least 1; num_queries where is_causal
-  int head_dim;      // 4, 8, 16, 32 or 64
+  int head_dim;      // 4, 8, 16 or 32
   bool is_causal;
   FloatType type;
   int num_threads;

@@ -33,8 +33,9 @@ struct Block {
 // Powers and slopes of kKeys keys. Query `lane` sees no key after last_seen + lane.
 template <int kHeadDim, int kKeys>
 EVENTKERN_INLINE void slope_keys(Block<kHeadDim>& block, const float* keys, const float* values, int64_t first,
-                                 int64_t last_seen, bool is_masked, Lanes largest, Lanes expected) {
+                                 int64_t last_seen, Lanes largest, Lanes expected) {
   Lanes powers[kKeys], slopes[kKeys];
+  const bool is_masked = first + kKeys - 1 > last_seen;
   multiply_keys<kHeadDim, kKeys>(block.query, keys + first * kHeadDim, powers);
   multiply_keys<kHeadDim, kKeys>(block.grad, values + first * kHeadDim, slopes);
   for (int n = 0; n < kKeys; ++n) {
@@ -112,16 +113,15 @@ EVENTKERN_CLONES void differentiate(const Pair& pair, int64_t num_queries, int64
     const int64_t end = is_causal ? std::min(query + kLanes, num_keys) : num_keys;
     for (int64_t begin = 0; begin < end; begin += kChunkKeys) {
       const int64_t count = std::min<int64_t>(kChunkKeys, end - begin);
-      const bool is_masked = is_causal && begin + count > query + 1;
       const float* keys = pair.key + begin * kHeadDim;
       const float* values = pair.value + begin * kHeadDim;
-      const int64_t last_seen = query - begin;
+      const int64_t last_seen = is_causal ? query - begin : count;
       int64_t j = 0;
       for (; j + kKeysAtOnce <= count; j += kKeysAtOnce) {
-        slope_keys<kHeadDim, kKeysAtOnce>(block, keys, values, j, last_seen, is_masked, largest, expected);
+        slope_keys<kHeadDim, kKeysAtOnce>(block, keys, values, j, last_seen, largest, expected);
       }
       for (; j < count; ++j) {
-        slope_keys<kHeadDim, 1>(block, keys, values, j, last_seen, is_masked, largest, expected);
+        slope_keys<kHeadDim, 1>(block, keys, values, j, last_seen, largest, expected);
       }
       add_weighted_keys<kHeadDim>(block.slopes, count, keys, block.query_grad);
       add_weighted_queries<kHeadDim>(block.slopes, count, query_rows, pair.key_grad + begin * kHeadDim);

@@ -51,10 +51,8 @@ void with_head_dim(int head_dim, Function function) {
       return function.template operator()<8>();
     case 16:
       return function.template operator()<16>();
-    case 32:
-      return function.template operator()<32>();
     default:
-      return function.template operator()<64>();
+      return function.template operator()<32>();
   }
 }
 
@@ -95,19 +93,75 @@ EVENTKERN_INLINE Lanes hide(Lanes lanes, int64_t first_seen, float hidden) {
   return numbers >= static_cast<int32_t>(first_seen) ? lanes : Lanes{} + hidden;
 }
 
-// kLanes rows (kLanes, kHeadDim) to columns (kHeadDim, kLanes).
-template <int kHeadDim>
-EVENTKERN_INLINE void transpose_rows(const float* rows, float* columns) {
-  for (int h = 0; h < kHeadDim; ++h) {
-    for (int lane = 0; lane < kLanes; ++lane) columns[h * kLanes + lane] = rows[lane * kHeadDim + h];
-  }
+// The even and the odd ones of 32 lanes, and the way back.
+EVENTKERN_INLINE Lanes even_lanes(Lanes low, Lanes high) {
+  return __builtin_shufflevector(low, high, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
 }
 
+EVENTKERN_INLINE Lanes odd_lanes(Lanes low, Lanes high) {
+  return __builtin_shufflevector(low, high, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+
+EVENTKERN_INLINE Lanes zip_low(Lanes even, Lanes odd) {
+  return __builtin_shufflevector(even, odd, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+
+EVENTKERN_INLINE Lanes zip_high(Lanes even, Lanes odd) {
+  return __builtin_shufflevector(even, odd, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+
+// kLanes rows (kLanes, kHeadDim) to columns (kHeadDim, kLanes). Sending the even elements of it all to the first half
+// and the odd ones to the second makes the lowest bit of each element's place the highest; after log2(kHeadDim) times
+// the bits of the column stand above those of the row.
+template <int kHeadDim>
+EVENTKERN_INLINE void transpose_rows(const float* rows, float* columns) {
+  if constexpr (kHeadDim > kLanes) {  // would not stay in registers
+    for (int h = 0; h < kHeadDim; ++h) {
+      for (int lane = 0; lane < kLanes; ++lane) columns[h * kLanes + lane] = rows[lane * kHeadDim + h];
+    }
+    return;
+  }
+  Lanes from[kHeadDim], to[kHeadDim];
+#pragma GCC unroll 16
+  for (int i = 0; i < kHeadDim; ++i) to[i] = load_lanes(rows + i * kLanes);
+#pragma GCC unroll 8
+  for (int bit = 1; bit < kHeadDim; bit *= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kHeadDim; ++i) from[i] = to[i];
+#pragma GCC unroll 8
+    for (int i = 0; i < kHeadDim / 2; ++i) {
+      to[i] = even_lanes(from[2 * i], from[2 * i + 1]);
+      to[kHeadDim / 2 + i] = odd_lanes(from[2 * i], from[2 * i + 1]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kHeadDim; ++i) store_lanes(columns + i * kLanes, to[i]);
+}
+
+// The way back.
 template <int kHeadDim>
 EVENTKERN_INLINE void transpose_columns(const float* columns, float* rows) {
-  for (int lane = 0; lane < kLanes; ++lane) {
-    for (int h = 0; h < kHeadDim; ++h) rows[lane * kHeadDim + h] = columns[h * kLanes + lane];
+  if constexpr (kHeadDim > kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      for (int h = 0; h < kHeadDim; ++h) rows[lane * kHeadDim + h] = columns[h * kLanes + lane];
+    }
+    return;
   }
+  Lanes from[kHeadDim], to[kHeadDim];
+#pragma GCC unroll 16
+  for (int i = 0; i < kHeadDim; ++i) to[i] = load_lanes(columns + i * kLanes);
+#pragma GCC unroll 8
+  for (int bit = 1; bit < kHeadDim; bit *= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kHeadDim; ++i) from[i] = to[i];
+#pragma GCC unroll 8
+    for (int i = 0; i < kHeadDim / 2; ++i) {
+      to[2 * i] = zip_low(from[i], from[kHeadDim / 2 + i]);
+      to[2 * i + 1] = zip_high(from[i], from[kHeadDim / 2 + i]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kHeadDim; ++i) store_lanes(rows + i * kLanes, to[i]);
 }
 
 // products[n] = the products of kKeys rows with the columns of 16 queries.

@@ -1,12 +1,12 @@
-"""Multi-head attention on F.scaled_dot_product_attention, with no mask but the causal flag.
+"""Multi-head attention on eventkern.ops.attention, with no mask but the causal flag.
 
 Shapes: B batch, T queries, K keys (or stacked members), D model width, N heads, H = D / N.
 """
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eventkern.nn.stacked import StackedLinear
+from eventkern.ops import attention
 
 
 def _split_heads(states_BTD: Tensor, num_heads: int) -> Tensor:
@@ -38,7 +38,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, states_BTD: Tensor) -> Tensor:
         query, key, value = (_split_heads(part, self.num_heads) for part in self.qkv(states_BTD).chunk(3, dim=-1))
-        attended_BNTH = F.scaled_dot_product_attention(query, key, value, is_causal=self.is_causal)
+        attended_BNTH = attention(query, key, value, is_causal=self.is_causal)
         return self.out(attended_BNTH.transpose(1, 2).flatten(-2))
 
     def step(self, states_BD: Tensor, cache_B2NTH: Tensor, position: int) -> Tensor:
@@ -52,7 +52,7 @@ class SelfAttention(nn.Module):
         packed_B3NH = self.qkv(states_BD).unflatten(-1, (3, self.num_heads, -1))
         cache_B2NTH.select(3, position).copy_(packed_B3NH[:, 1:])
         key, value = cache_B2NTH.narrow(3, 0, position + 1).unbind(1)
-        attended_BN1H = F.scaled_dot_product_attention(packed_B3NH[:, 0].unsqueeze(2), key, value)
+        attended_BN1H = attention(packed_B3NH[:, 0].unsqueeze(2), key, value)
         return self.out(attended_BN1H.flatten(1))
 
 
@@ -88,7 +88,7 @@ class StackedSelfAttention(nn.Module):
             query, key, value = self.qkv(states_KBTD).chunk(3, dim=-1)
         leading = query.shape[:2]
         query, key, value = (_split_heads(part.flatten(0, 1), self.num_heads) for part in (query, key, value))
-        attended_BNTH = F.scaled_dot_product_attention(query, key, value)
+        attended_BNTH = attention(query, key, value)
         return self.out(attended_BNTH.transpose(1, 2).flatten(-2).unflatten(0, leading))
 
 
@@ -125,7 +125,7 @@ class CrossAttention(nn.Module):
     def attend(self, states_BTD: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """What `forward` gives for the states, after keys and values (B, N, K, H)."""
         query = _split_heads(self.query(states_BTD), self.num_heads)
-        attended_BNTH = F.scaled_dot_product_attention(query, key, value)
+        attended_BNTH = attention(query, key, value)
         return self.out(attended_BNTH.transpose(1, 2).flatten(-2))
 
 

@@ -10,11 +10,15 @@ from eventkern import _C
 from eventkern.ops.attention import reference
 from eventkern.ops.switches import FLOAT_DTYPES, LIBRARY, is_reference_forced
 
-HEAD_DIMS = (4, 8, 16, 32, 64)
-"""Of the C++ kernel."""
+HEAD_DIMS = (4, 8, 16, 32)
+"""Of the C++ kernel. At 64, torch's matrix products are as fast."""
+FEWEST_QUERIES = 4
+"""Of the C++ kernel, which works on sixteen at a time however few there are."""
 
 # statistics (B, N, 2, T) float32, for a backward: each query's largest score and 1 over the sum of its powers.
-LIBRARY.define("attention(Tensor query, Tensor key, Tensor value, bool is_causal) -> (Tensor output, Tensor statistics)")
+LIBRARY.define(
+    "attention(Tensor query, Tensor key, Tensor value, bool is_causal) -> (Tensor output, Tensor statistics)"
+)
 LIBRARY.define(
     "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor output, Tensor statistics, "
     "bool is_causal) -> (Tensor, Tensor, Tensor)"
@@ -127,9 +131,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = Fa
         Deterministic there: the same bits for any number of threads.
 
     Devices:
-        On the CPU, C++ for H of 4, 8, 16, 32 and 64, which has no second derivative; F.scaled_dot_product_attention for
-        other H and on other devices, without a mask tensor, so that flash attention runs on CUDA. The reference for
-        float64.
+        On the CPU, C++ for H of 4, 8, 16 and 32 and T of at least 4, which has no second derivative; otherwise, and on
+        other devices, F.scaled_dot_product_attention without a mask tensor, so that flash attention runs on CUDA. The
+        reference for float64.
 
     Source:
         Vaswani et al., 2017, section 3.2.1. Scores in chunks, and computed again in the backward: Dao et al., 2022
@@ -138,7 +142,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = Fa
     _check_arguments(query, key, value, is_causal)
     if is_reference_forced() or query.dtype == torch.float64:
         return reference.attention(query, key, value, is_causal)
-    if query.device.type != "cpu" or query.shape[3] not in HEAD_DIMS:
+    if query.device.type != "cpu" or query.shape[3] not in HEAD_DIMS or query.shape[2] < FEWEST_QUERIES:
         return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
