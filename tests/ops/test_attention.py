@@ -289,6 +289,7 @@ def test_opcheck(dtype, is_causal, generator):
     torch.library.opcheck(torch.ops.eventkern.attention_backward.default, (upstream, *inputs, *saved, is_causal))
 
 
+@pytest.mark.usefixtures("_torch_too")  # dynamo walks torch's functions
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_compiled_equals_eager_and_does_not_compile_again_for_more_rows(is_causal, generator):
     compilations = []
