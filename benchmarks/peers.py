@@ -1,5 +1,7 @@
 """What eventkern is measured against, every peer of a subject behind the signature of eventkern's own.
 
+ATTENTION: build() gives a function of query, key and value (B, N, T, H) and of is_causal, with the same output.
+
 EVENT_TRANSFORMER: build(model) takes an eventkern.models.EventTransformer and gives a module that maps a batch to the
 same (H,) losses, with a copy of its weights and nothing else of it.
 
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from eventkern.models import EventTransformer
 from eventkern.models.event_transformer import EventBatchLike
@@ -34,6 +37,36 @@ class Peer:
     is_slow_to_start: bool = False
     """Needs seconds before its first result (a compiler), so it runs under `--full` only."""
     is_float32_only: bool = False
+
+
+Attend = Callable[..., Tensor]
+
+
+def math_attention(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
+    """torch's attention from whole products, all scores in memory."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
+
+
+def plain_attention(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
+    """The formula as one writes it."""
+    scores = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
+    if is_causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+    return scores.softmax(-1) @ value
+
+
+def compiled_attention() -> Attend:
+    """The formula under torch.compile."""
+    return torch.compile(plain_attention, dynamic=False)
+
+
+ATTENTION = (
+    Peer("F.scaled_dot_product_attention", lambda: F.scaled_dot_product_attention),
+    Peer("F.scaled_dot_product_attention, math", lambda: math_attention),
+    Peer("softmax written out", lambda: plain_attention),
+    Peer("softmax written out, compiled", compiled_attention, is_slow_to_start=True),
+)
 
 
 class PlainEventTransformer(nn.Module):

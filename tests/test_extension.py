@@ -16,6 +16,10 @@ MULTIPLIES = 8 * 2 * 4 * 2
 # multi_embedding.cpp: sums of 2 to 8 vectors forward and 2 to 4 backward, for two types of ids and three of weights.
 ADDS = 6 * (2 + 4 + 8 + 2 + 4)
 
+# attention.cpp and attention_backward.cpp, for four head dims: products of 4 keys, one forward and two backward, whose
+# loop over the head dim is unrolled up to 8 times, and one sum over keys each way, unrolled up to 16 times.
+FUSED = 4 * 3 * (4 + 8 + 8 + 8) + 2 * (4 + 8 + 16 + 16)
+
 
 def output_of(tool: str, *arguments: str) -> str:
     """What a binutils tool prints of the extension; skips where the tool is missing."""
@@ -40,7 +44,7 @@ def test_the_extension_needs_no_torch_and_no_cuda() -> None:
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="function multiversioning is for x86-64")
-@pytest.mark.parametrize(("mnemonic", "fewest"), [("vpmulld", MULTIPLIES), ("vaddps", ADDS)])
+@pytest.mark.parametrize(("mnemonic", "fewest"), [("vpmulld", MULTIPLIES), ("vaddps", ADDS), (r"vfmadd\d+ps", FUSED)])
 def test_the_loops_are_avx512_and_avx2_code(mnemonic: str, fewest: int) -> None:
     if "GCC" not in output_of("readelf", "--string-dump=.comment"):
         pytest.skip("target_clones is used with gcc alone")

@@ -6,10 +6,16 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.peers import EVENT_TRANSFORMER, MULTI_EMBEDDING, MULTI_HEAD_CROSS_ENTROPY, PlainEventTransformer
+from benchmarks.peers import (
+    ATTENTION,
+    EVENT_TRANSFORMER,
+    MULTI_EMBEDDING,
+    MULTI_HEAD_CROSS_ENTROPY,
+    PlainEventTransformer,
+)
 from benchmarks.training import Shapes, TrainingStep, least_operations, random_batch, step_work
 from eventkern.models import EventTransformer, EventTransformerConfig
-from eventkern.ops import multi_embedding, multi_head_cross_entropy
+from eventkern.ops import attention, multi_embedding, multi_head_cross_entropy
 
 SHAPES = Shapes(
     EventTransformerConfig(
@@ -159,6 +165,20 @@ def test_every_peer_of_the_embedding_gives_its_values_and_gradients(peer) -> Non
     torch.testing.assert_close(output, expected)
     gradient = torch.cat([parameter.grad.flatten() for parameter in module.parameters()])
     torch.testing.assert_close(gradient, leaf.grad.flatten())
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("peer", [peer for peer in ATTENTION if not peer.is_slow_to_start], ids=lambda p: p.name)
+def test_every_peer_of_attention_gives_its_output_and_gradients(peer, is_causal) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, 3, 20, 8, generator=generator) for _ in range(4)]
+    results = []
+    for attend in (peer.build(), attention):
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs[:3]]
+        output = attend(*leaves, is_causal=is_causal)
+        results.append([output.detach(), *torch.autograd.grad(output, leaves, inputs[3])])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
