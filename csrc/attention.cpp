@@ -12,7 +12,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 EVENTKERN_INLINE Lanes larger(Lanes left, Lanes right) { return left > right ? left : right; }
 
-// One pair, contiguous float32; rows of queries are padded to whole lanes, with rows of zeros.
+// One pair, contiguous float32; rows are padded to whole lanes, with rows of zeros.
 struct Pair {
   const float* query;  // times log2(e) / sqrt(kHeadDim)
   const float* key;
@@ -20,6 +20,7 @@ struct Pair {
   float* output;
   float* largest;
   float* inverse_sum;
+  float* scores;  // of the few queries at the end
 };
 
 // panel (num_keys, kLanes) = the scores of 16 queries; the largest of them and `high`. Query `lane` sees no key after
@@ -31,11 +32,60 @@ EVENTKERN_INLINE Lanes score_keys(const float* columns, const float* keys, int64
   const bool is_masked = first + kKeys - 1 > last_seen;
   multiply_keys<kHeadDim, kKeys>(columns, keys + first * kHeadDim, scores);
   for (int n = 0; n < kKeys; ++n) {
-    if (is_masked) scores[n] = hide(scores[n], first + n - last_seen, -kInfinity);
+    if (is_masked) scores[n] = hide_before(scores[n], first + n - last_seen, -kInfinity);
     high = larger(scores[n], high);
     store_lanes(panel + n * kLanes, scores[n]);
   }
   return high;
+}
+
+EVENTKERN_INLINE float largest_of(Lanes lanes) {
+  float result = lanes[0];
+  for (int i = 1; i < kLanes; ++i) result = std::max(result, lanes[i]);
+  return result;
+}
+
+EVENTKERN_INLINE float total_of(Lanes lanes) {
+  float result = 0.0f;
+  for (int i = 0; i < kLanes; ++i) result += lanes[i];
+  return result;
+}
+
+// One query after another, with 16 keys in lanes.
+template <int kHeadDim>
+EVENTKERN_INLINE void attend_few(const Pair& pair, int64_t first, int64_t num_queries, int64_t num_keys,
+                                 bool is_causal) {
+  alignas(64) float columns[kHeadDim * kLanes];
+  const int64_t width = whole_lanes(num_keys);
+  for (int64_t j = 0; j < num_keys; j += kLanes) {
+    transpose_rows<kHeadDim>(pair.key + j * kHeadDim, columns);
+    for (int64_t query = first; query < num_queries; ++query) {
+      const Lanes scores = multiply_columns<kHeadDim>(columns, pair.query + query * kHeadDim);
+      store_lanes(pair.scores + (query - first) * width + j, scores);
+    }
+  }
+  for (int64_t query = first; query < num_queries; ++query) {
+    float* scores = pair.scores + (query - first) * width;
+    const int64_t num_seen = is_causal ? query + 1 : num_keys;
+    const int64_t last = (num_seen - 1) / kLanes * kLanes;
+    store_lanes(scores + last, hide_from(load_lanes(scores + last), num_seen - last, -kInfinity));
+    Lanes high = Lanes{} - kInfinity;
+    for (int64_t j = 0; j <= last; j += kLanes) high = larger(load_lanes(scores + j), high);
+    const float largest = largest_of(high);
+    Lanes sum{};
+    for (int64_t j = 0; j <= last; j += kLanes) {
+      const Lanes powers = exp2_of_negative(load_lanes(scores + j) - largest);
+      sum += powers;
+      store_lanes(scores + j, powers);
+    }
+    float* output = pair.output + query * kHeadDim;
+    const float inverse_sum = 1.0f / total_of(sum);
+    std::fill_n(output, kHeadDim, 0.0f);
+    add_weighted_rows<kHeadDim>(scores, 1, num_seen, pair.value, output);
+    for (int h = 0; h < kHeadDim; ++h) output[h] *= inverse_sum;
+    pair.largest[query] = largest;
+    pair.inverse_sum[query] = inverse_sum;
+  }
 }
 
 // Keys in chunks whose scores stay in cache; what earlier chunks summed is rescaled where a larger score appears.
@@ -44,7 +94,8 @@ EVENTKERN_CLONES void attend(const Pair& pair, int64_t num_queries, int64_t num_
   alignas(64) float panel[kChunkKeys * kLanes];
   alignas(64) float columns[kHeadDim * kLanes];
   alignas(64) float sums[kHeadDim * kLanes];
-  for (int64_t query = 0; query < num_queries; query += kLanes) {
+  const int64_t end_of_blocks = num_queries - num_few(num_queries);
+  for (int64_t query = 0; query < end_of_blocks; query += kLanes) {
     transpose_rows<kHeadDim>(pair.query + query * kHeadDim, columns);
     std::fill_n(sums, kHeadDim * kLanes, 0.0f);
     Lanes high = Lanes{} - kInfinity;
@@ -68,7 +119,7 @@ EVENTKERN_CLONES void attend(const Pair& pair, int64_t num_queries, int64_t num_
       for (int h = 0; h < kHeadDim; ++h) store_lanes(sums + h * kLanes, load_lanes(sums + h * kLanes) * factor);
       for (j = 0; j < count; ++j) {
         Lanes power = exp2_of_negative(load_lanes(panel + j * kLanes) - high);
-        if (j > last_seen) power = hide(power, j - last_seen, 0.0f);
+        if (j > last_seen) power = hide_before(power, j - last_seen, 0.0f);
         sum += power;
         store_lanes(panel + j * kLanes, power);
       }
@@ -80,6 +131,7 @@ EVENTKERN_CLONES void attend(const Pair& pair, int64_t num_queries, int64_t num_
     store_lanes(pair.largest + query, high);
     store_lanes(pair.inverse_sum + query, inverse_sum);
   }
+  if (end_of_blocks < num_queries) attend_few<kHeadDim>(pair, end_of_blocks, num_queries, num_keys, is_causal);
 }
 
 }  // namespace
@@ -90,11 +142,12 @@ void attention_cpu(const Attention& call, const HeadRows& query, const HeadRows&
   const int64_t num_queries = call.num_queries;
   const int64_t padded_queries = whole_lanes(num_queries);
   const int64_t query_size = padded_queries * call.head_dim;
-  const int64_t key_size = whole_lanes(call.num_keys * call.head_dim);
+  const int64_t padded_keys = whole_lanes(call.num_keys);
+  const int64_t key_size = padded_keys * call.head_dim;
   const float scale = kLog2E / std::sqrt(static_cast<float>(call.head_dim));
 #pragma omp parallel for num_threads(num_parts) schedule(static, 1) if (num_parts > 1)
   for (int part = 0; part < num_parts; ++part) {
-    Scratch scratch(2 * (query_size + key_size + padded_queries));
+    Scratch scratch(2 * (query_size + key_size + padded_queries) + num_few(num_queries) * padded_keys);
     float* queries = scratch.take(query_size);
     float* keys = scratch.take(key_size);
     float* values = scratch.take(key_size);
@@ -103,16 +156,17 @@ void attention_cpu(const Attention& call, const HeadRows& query, const HeadRows&
                     values,
                     scratch.take(query_size),
                     scratch.take(padded_queries),
-                    scratch.take(padded_queries)};
+                    scratch.take(padded_queries),
+                    scratch.take(num_few(num_queries) * padded_keys)};
     std::fill(queries + num_queries * call.head_dim, queries + query_size, 0.0f);
+    for (float* rows : {keys, values}) std::fill(rows + call.num_keys * call.head_dim, rows + key_size, 0.0f);
     const Range pairs = split_range(call.batch_size * call.num_heads, 1, part, num_parts);
     for (int64_t i = pairs.begin; i < pairs.end; ++i) {
       read_rows(query, call, i, num_queries, scale, queries);
       read_rows(key, call, i, call.num_keys, 1.0f, keys);
       read_rows(value, call, i, call.num_keys, 1.0f, values);
-      with_head_dim(call.head_dim, [&]<int kHeadDim>() {
-        attend<kHeadDim>(pair, num_queries, call.num_keys, call.is_causal);
-      });
+      with_head_dim(call.head_dim,
+                    [&]<int kHeadDim>() { attend<kHeadDim>(pair, num_queries, call.num_keys, call.is_causal); });
       write_rows(pair.output, call, i, num_queries, 1.0f, output);
       std::copy_n(pair.largest, num_queries, statistics + 2 * i * num_queries);
       std::copy_n(pair.inverse_sum, num_queries, statistics + (2 * i + 1) * num_queries);

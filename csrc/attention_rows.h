@@ -12,8 +12,9 @@
 
 namespace eventkern {
 
-inline constexpr int kChunkKeys = 64;  // whose scores for a block of queries stay in the first-level cache
-inline constexpr int kKeysAtOnce = 4;  // share each load of the queries
+inline constexpr int kChunkKeys = 64;   // whose scores for a block of queries stay in the first-level cache
+inline constexpr int kKeysAtOnce = 4;   // share each load of the queries
+inline constexpr int kFewQueries = 3;  // at most, beyond whole blocks of 16: these take the keys in lanes instead
 inline constexpr int64_t kGrainElements = 1 << 13;  // fewer products of a query and a key do not pay for a thread
 
 // In units of ln 2, so that a power is 2^x.
@@ -56,6 +57,39 @@ void with_head_dim(int head_dim, Function function) {
   }
 }
 
+using LaneNumbers = int32_t __attribute__((vector_size(64)));
+
+template <int kCount>
+struct FloatsOf;
+
+template <>
+struct FloatsOf<4> {
+  using Type = float __attribute__((vector_size(16)));
+};
+
+template <>
+struct FloatsOf<8> {
+  using Type = float __attribute__((vector_size(32)));
+};
+
+template <>
+struct FloatsOf<16> {
+  using Type = Lanes;
+};
+
+// As much of a row as fits in one vector.
+template <int kHeadDim>
+using RowPart = typename FloatsOf<std::min(kHeadDim, kLanes)>::Type;
+
+template <int kHeadDim>
+inline constexpr int kPartSize = std::min(kHeadDim, kLanes);
+
+// Queries at the end that are taken one by one.
+inline int64_t num_few(int64_t num_queries) {
+  const int64_t rest = num_queries % kLanes;
+  return rest <= kFewQueries ? rest : 0;
+}
+
 // Pairs of a batch entry and a head that one thread works on.
 inline int parts_of(const Attention& call) {
   const int64_t pairs = call.batch_size * call.num_heads;
@@ -86,11 +120,18 @@ EVENTKERN_INLINE Lanes exp2_of_negative(Lanes x) {
   return lanes_of(bits_of(power) + (bits_of(shifted) << 23));
 }
 
+EVENTKERN_INLINE LaneNumbers lane_numbers() {
+  return LaneNumbers{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+}
+
 // `hidden` in the lanes before first_seen, which are those of queries that do not see a key.
-EVENTKERN_INLINE Lanes hide(Lanes lanes, int64_t first_seen, float hidden) {
-  using SignedBits = int32_t __attribute__((vector_size(64)));
-  const SignedBits numbers{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  return numbers >= static_cast<int32_t>(first_seen) ? lanes : Lanes{} + hidden;
+EVENTKERN_INLINE Lanes hide_before(Lanes lanes, int64_t first_seen, float hidden) {
+  return lane_numbers() >= static_cast<int32_t>(first_seen) ? lanes : Lanes{} + hidden;
+}
+
+// `hidden` in the lanes from first_hidden on, which are those of keys that a query does not see.
+EVENTKERN_INLINE Lanes hide_from(Lanes lanes, int64_t first_hidden, float hidden) {
+  return lane_numbers() < static_cast<int32_t>(first_hidden) ? lanes : Lanes{} + hidden;
 }
 
 // The even and the odd ones of 32 lanes, and the way back.
@@ -190,6 +231,41 @@ EVENTKERN_INLINE void add_weighted_keys(const float* panel, int64_t num_keys, co
     }
 #pragma GCC unroll 16
     for (int h = 0; h < kGroup; ++h) store_lanes(sums + (first + h) * kLanes, group[h]);
+  }
+}
+
+// The products of a row with 16 columns.
+template <int kHeadDim>
+EVENTKERN_INLINE Lanes multiply_columns(const float* columns, const float* row) {
+  Lanes product{};
+#pragma GCC unroll 8
+  for (int h = 0; h < kHeadDim; ++h) product += load_lanes(columns + h * kLanes) * row[h];
+  return product;
+}
+
+// target (kHeadDim) += weights (count) times rows (count, kHeadDim), or every stride-th of the weights.
+template <int kHeadDim>
+EVENTKERN_INLINE void add_weighted_rows(const float* weights, int64_t stride, int64_t count, const float* rows,
+                                        float* target) {
+  using Part = RowPart<kHeadDim>;
+  for (int first = 0; first < kHeadDim; first += kPartSize<kHeadDim>) {
+    Part even, odd{};
+    std::memcpy(&even, target + first, sizeof(Part));
+    int64_t i = 0;
+    for (; i + 2 <= count; i += 2) {
+      Part row, next;
+      std::memcpy(&row, rows + i * kHeadDim + first, sizeof(Part));
+      std::memcpy(&next, rows + (i + 1) * kHeadDim + first, sizeof(Part));
+      even += row * weights[i * stride];
+      odd += next * weights[(i + 1) * stride];
+    }
+    if (i < count) {
+      Part row;
+      std::memcpy(&row, rows + i * kHeadDim + first, sizeof(Part));
+      even += row * weights[i * stride];
+    }
+    even += odd;
+    std::memcpy(target + first, &even, sizeof(Part));
   }
 }
 

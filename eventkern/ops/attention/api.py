@@ -12,8 +12,6 @@ from eventkern.ops.switches import FLOAT_DTYPES, LIBRARY, is_reference_forced
 
 HEAD_DIMS = (4, 8, 16, 32)
 """Of the C++ kernel. At 64, torch's matrix products are as fast."""
-FEWEST_QUERIES = 4
-"""Of the C++ kernel, which works on sixteen at a time however few there are."""
 
 # statistics (B, N, 2, T) float32, for a backward: each query's largest score and 1 over the sum of its powers.
 LIBRARY.define(
@@ -131,9 +129,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = Fa
         Deterministic there: the same bits for any number of threads.
 
     Devices:
-        On the CPU, C++ for H of 4, 8, 16 and 32 and T of at least 4, which has no second derivative; otherwise, and on
-        other devices, F.scaled_dot_product_attention without a mask tensor, so that flash attention runs on CUDA. The
-        reference for float64.
+        On the CPU, C++ for H of 4, 8, 16 and 32, which has no second derivative; for other H, and on other devices,
+        F.scaled_dot_product_attention without a mask tensor, so that flash attention runs on CUDA. The reference for
+        float64.
 
     Source:
         Vaswani et al., 2017, section 3.2.1. Scores in chunks, and computed again in the backward: Dao et al., 2022
@@ -142,7 +140,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = Fa
     _check_arguments(query, key, value, is_causal)
     if is_reference_forced() or query.dtype == torch.float64:
         return reference.attention(query, key, value, is_causal)
-    if query.device.type != "cpu" or query.shape[3] not in HEAD_DIMS or query.shape[2] < FEWEST_QUERIES:
+    if query.device.type != "cpu" or query.shape[3] not in HEAD_DIMS:
         return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
