@@ -12,8 +12,8 @@
 
 namespace eventkern {
 
-inline constexpr int kChunkKeys = 64;   // whose scores for a block of queries stay in the first-level cache
-inline constexpr int kKeysAtOnce = 4;   // share each load of the queries
+inline constexpr int kChunkKeys = 64;  // whose scores for a block of queries stay in the first-level cache
+inline constexpr int kKeysAtOnce = 4;  // share each load of the queries
 inline constexpr int kFewQueries = 3;  // at most, beyond whole blocks of 16: these take the keys in lanes instead
 inline constexpr int64_t kGrainElements = 1 << 13;  // fewer products of a query and a key do not pay for a thread
 

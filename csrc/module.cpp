@@ -52,8 +52,14 @@ HeadRows head_rows(const HeadRowsTuple& tensor) {
 // (batch, heads, queries, keys, head_dim) of a call of attention.
 Attention attention_call(const std::array<int64_t, 5>& sizes, bool is_causal, int float_type, int num_threads) {
   const auto [batch_size, num_heads, num_queries, num_keys, head_dim] = sizes;
-  return {batch_size, num_heads, num_queries, num_keys, static_cast<int>(head_dim), is_causal,
-          static_cast<FloatType>(float_type), num_threads};
+  return {batch_size,
+          num_heads,
+          num_queries,
+          num_keys,
+          static_cast<int>(head_dim),
+          is_causal,
+          static_cast<FloatType>(float_type),
+          num_threads};
 }
 
 // A call of multi_embedding with the first rows that it points to.
@@ -192,14 +198,13 @@ PYBIND11_MODULE(_C, module) {
         return gather_rows_cpu(self, pointer<const int64_t>(rows), count, pointer<void>(out), out_bytes, num_threads);
       });
 
-  module.def("attention_cpu",
-             [](const std::array<int64_t, 5>& sizes, bool is_causal, int float_type, int num_threads,
-                const HeadRowsTuple& query, const HeadRowsTuple& key, const HeadRowsTuple& value,
-                const HeadRowsTuple& output, uintptr_t statistics) {
-               const py::gil_scoped_release release;
-               attention_cpu(attention_call(sizes, is_causal, float_type, num_threads), head_rows(query),
-                             head_rows(key), head_rows(value), head_rows(output), pointer<float>(statistics));
-             });
+  module.def("attention_cpu", [](const std::array<int64_t, 5>& sizes, bool is_causal, int float_type, int num_threads,
+                                 const HeadRowsTuple& query, const HeadRowsTuple& key, const HeadRowsTuple& value,
+                                 const HeadRowsTuple& output, uintptr_t statistics) {
+    const py::gil_scoped_release release;
+    attention_cpu(attention_call(sizes, is_causal, float_type, num_threads), head_rows(query), head_rows(key),
+                  head_rows(value), head_rows(output), pointer<float>(statistics));
+  });
 
   module.def("attention_backward_cpu",
              [](const std::array<int64_t, 5>& sizes, bool is_causal, int float_type, int num_threads,
