@@ -154,6 +154,8 @@ def look(stage):
 generator = torch.Generator().manual_seed(0)
 ids = torch.randint(3, (5, 2), generator=generator)
 hidden = ops.multi_embedding(ids, torch.randn(7, 8, generator=generator), (3, 4))
+heads = torch.randn(1, 2, 5, 8, generator=generator).requires_grad_()
+ops.attention(heads, heads, heads, is_causal=True).sum().backward()
 losses = ops.multi_head_cross_entropy(hidden, torch.randn(7, 8, generator=generator), ids, (3, 4))
 assert losses.shape == (2,) and bool(losses.isfinite().all())
 look("a forward of the ops")
