@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "class_draws.h"
 #include "gather.h"
 #include "gather_pool.h"
 #include "multi_embedding.h"
@@ -274,6 +275,26 @@ PYBIND11_MODULE(_C, module) {
     add_rows_cpu(pointer<const void>(matrix), static_cast<FloatType>(float_type), num_rows, num_columns,
                  pointer<float>(sums), num_threads);
   });
+
+  module.def("draw_classes_cpu",
+             [](uintptr_t logits, int64_t row_stride, int64_t num_rows, const std::vector<int64_t>& head_sizes,
+                const std::vector<int64_t>& num_left_out, uintptr_t uniforms, float inverse_temperature, int64_t top_k,
+                int num_threads, uintptr_t classes) {
+               py::gil_scoped_release release;
+               std::vector<int64_t> first_classes{0};
+               for (const int64_t size : head_sizes) first_classes.push_back(first_classes.back() + size);
+               const ClassDraws call{pointer<const float>(logits),
+                                     row_stride,
+                                     num_rows,
+                                     static_cast<int>(head_sizes.size()),
+                                     first_classes.data(),
+                                     num_left_out.data(),
+                                     pointer<const float>(uniforms),
+                                     inverse_temperature,
+                                     top_k,
+                                     num_threads};
+               draw_classes_cpu(call, pointer<int32_t>(classes));
+             });
 
 #ifdef EVENTKERN_CUDA
   module.def(

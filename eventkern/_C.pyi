@@ -96,6 +96,19 @@ def cross_entropy_cpu(
 def add_rows_cpu(
     matrix: int, float_type: int, num_rows: int, num_columns: int, sums: int, num_threads: int, /
 ) -> None: ...
+def draw_classes_cpu(
+    logits: int,
+    row_stride: int,
+    num_rows: int,
+    head_sizes: Sequence[int],
+    num_left_out: Sequence[int],
+    uniforms: int,
+    inverse_temperature: float,
+    top_k: int,
+    num_threads: int,
+    classes: int,
+    /,
+) -> None: ...
 
 class WindowGather:
     def __init__(

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eventkern import _C
 from eventkern.models.event_transformer import DecoderLayer, EventTransformer
+from eventkern.ops.switches import is_reference_forced
 
 MISSING_CLASS = 1
 FIRST_CLASS = 2
@@ -86,7 +88,8 @@ class ClassSampler:
     """Draws a class of every head from its logits, each head on its own, by inversion of its distribution.
 
     p(class) is the softmax of logits / temperature over the top_k classes of the largest logits; class 0, padding, is
-    never drawn. Heads that follow one another and have one size are drawn at once.
+    never drawn. On the CPU the extension finds the k largest, all heads in one call; elsewhere, and where all classes
+    can be drawn, heads that follow one another and have one size are drawn at once by torch's own operations.
 
     Args:
         head_sizes: classes of each of the H heads, at least 2 of each.
@@ -114,22 +117,48 @@ class ClassSampler:
 
     def __call__(self, logits_BV: Tensor, uniforms_BH: Tensor | None) -> Tensor:
         """Packed logits (B, sum(head_sizes)) and numbers in [0, 1), one a head, to classes (B, H) int32."""
+        if logits_BV.is_cpu and not is_reference_forced() and (self.temperature == 0 or self.top_k is not None):
+            return self._draw_on_cpu(logits_BV.float(), uniforms_BH)
         classes, start, head = [], 0, 0
         for size, run in itertools.groupby(self.head_sizes):
             num_heads = len(list(run))
-            first = FIRST_CLASS if not self.allow_missing and size > FIRST_CLASS else MISSING_CLASS
+            left_out = self._num_left_out(size)
             packed = logits_BV.narrow(-1, start, num_heads * size).float()
             uniforms = None if uniforms_BH is None else uniforms_BH.narrow(-1, head, num_heads)
-            classes.append(self._draw(packed.unflatten(-1, (num_heads, size))[..., first:], uniforms) + first)
+            drawn = self._draw(packed.unflatten(-1, (num_heads, size))[..., left_out:], uniforms)
+            classes.append(drawn + left_out)
             start, head = start + num_heads * size, head + num_heads
         return torch.cat(classes, dim=-1).int()
+
+    def _num_left_out(self, size: int) -> int:
+        """Classes of a head, from padding on, that are never drawn."""
+        return FIRST_CLASS if not self.allow_missing and size > FIRST_CLASS else MISSING_CLASS
+
+    def _draw_on_cpu(self, logits_BV: Tensor, uniforms_BH: Tensor | None) -> Tensor:
+        logits_BV = logits_BV.contiguous()
+        is_greedy = self.temperature == 0 or uniforms_BH is None
+        uniforms = None if is_greedy or uniforms_BH is None else uniforms_BH.contiguous()
+        classes = torch.empty(len(logits_BV), len(self.head_sizes), dtype=torch.int32)
+        _C.draw_classes_cpu(
+            logits_BV.data_ptr(),
+            logits_BV.shape[1],
+            len(logits_BV),
+            self.head_sizes,
+            [self._num_left_out(size) for size in self.head_sizes],
+            0 if uniforms is None else uniforms.data_ptr(),
+            0.0 if is_greedy else 1.0 / self.temperature,
+            1 if is_greedy else self.top_k or 1,
+            torch.get_num_threads(),
+            classes.data_ptr(),
+        )
+        return classes
 
     def _draw(self, logits_BHV: Tensor, uniforms_BH: Tensor | None) -> Tensor:
         if self.temperature == 0 or uniforms_BH is None:
             return logits_BHV.argmax(-1)
         classes = None
-        if self.top_k is not None and self.top_k < logits_BHV.shape[-1]:
-            logits_BHV, classes = logits_BHV.topk(self.top_k)
+        if self.top_k is not None:
+            logits_BHV, classes = logits_BHV.topk(min(self.top_k, logits_BHV.shape[-1]))
         sums = (logits_BHV / self.temperature).softmax(-1).cumsum(-1)
         # A float32 below 1 times the total rounds below the total, so that a class is always found.
         drawn = torch.searchsorted(sums, uniforms_BH.unsqueeze(-1) * sums[..., -1:], right=True)

@@ -1,5 +1,6 @@
 """Generation: the cache against the whole prefix, what is drawn and how often, and a cycle that goes on re-anchored."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from eventkern.models import EventTransformer, EventTransformerConfig, generate
 from eventkern.models.generation import CachedDecoder, ClassSampler
+from eventkern.ops import use_reference
 
 SIZES = (5, 40, 40, 300)
 CONFIG = EventTransformerConfig(
@@ -169,12 +171,14 @@ DRAWS = 20_000
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (0.5, None), (1.7, 4), (0.7, 50)])
 @pytest.mark.parametrize("allow_missing", [True, False])
-def test_classes_are_drawn_as_often_as_the_softmax_says(generator, temperature, top_k, allow_missing):
+@pytest.mark.parametrize("served_by", [nullcontext, use_reference])
+def test_classes_are_drawn_as_often_as_the_softmax_says(generator, temperature, top_k, allow_missing, served_by):
     """Pearson's chi-squared of each head within 5 standard deviations of its expectation, the degrees of freedom."""
     sizes = (9, 9, 2, 30, 9)
     logits = torch.randn(sum(sizes), generator=generator)
     sampler = ClassSampler(sizes, temperature, top_k, allow_missing)
-    drawn = sampler(logits.expand(DRAWS, -1), torch.rand(DRAWS, len(sizes), generator=generator))
+    with served_by():
+        drawn = sampler(logits.expand(DRAWS, -1), torch.rand(DRAWS, len(sizes), generator=generator))
     assert drawn.dtype == torch.int32
     for head, own in enumerate(logits.double().split(sizes)):
         scaled = own / temperature
@@ -246,3 +250,32 @@ def test_a_cycle_known_by_heart_goes_on_through_re_anchors():
     for options in ({"temperature": 0.0}, {"temperature": 0.3, "top_k": 2, "seeds": [1, 2, 3]}):
         made = generate(model, past, 18, **options)
         assert torch.equal(made, torch.stack([cycle[start + 1 : start + 19] for start in (6, 11, 17)]))
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 20, 90, 300, 5000])
+def test_the_extension_draws_what_torchs_own_operations_draw(generator, top_k):
+    """Heads of every size, those with few classes and with more than k, and any number of rows."""
+    sizes = (2, 3, 17, 127, 128, 129, 1000, 1000, 4097)
+    for num_rows in (0, 1, 7):
+        logits = torch.randn(num_rows, sum(sizes), generator=generator)
+        uniforms = torch.rand(num_rows, len(sizes), generator=generator)
+        for allow_missing in (True, False):
+            for temperature in (0.0, 0.8):
+                sampler = ClassSampler(sizes, temperature, top_k, allow_missing)
+                with use_reference():
+                    expected = sampler(logits, uniforms)
+                assert torch.equal(sampler(logits, uniforms), expected)
+                wide = torch.randn(num_rows, 2 * sum(sizes), generator=generator)
+                wide[:, ::2] = logits
+                assert torch.equal(sampler(wide[:, ::2], uniforms.T.contiguous().T), expected)
+
+
+def test_equal_logits_are_drawn_alike_and_nan_draws_some_class(generator):
+    uniforms = torch.rand(DRAWS, 1, generator=generator)
+    for size in (21, 1001):
+        drawn = ClassSampler((size,), 1.0, 20)(torch.zeros(DRAWS, size), uniforms).flatten()
+        counts = drawn.bincount(minlength=size)
+        assert counts[1:21].sum() == DRAWS  # of equal ones the first 20
+        assert ((counts[1:21] - DRAWS / 20).abs() < 5 * (DRAWS / 20) ** 0.5).all()
+        broken = ClassSampler((size,), 1.0, 20)(torch.full((7, size), torch.nan), uniforms[:7])
+        assert ((broken >= 1) & (broken < size)).all()

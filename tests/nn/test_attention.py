@@ -41,3 +41,26 @@ def test_cross_attention_matches_the_formula(generator):
 def test_heads_must_divide_the_width(module, num_heads):
     with pytest.raises(ValueError, match=rf"num_heads is {num_heads}; want a divisor of d_model = 12"):
         module(12, num_heads)
+
+
+def test_steps_over_a_cache_are_the_positions_of_causal_self_attention(generator):
+    """The cache may hold anything at positions not written yet, and from an earlier sequence."""
+    module = SelfAttention(12, 3, is_causal=True).double()
+    cache = torch.full((2, 2, 3, 7, 4), torch.nan, dtype=torch.float64)
+    with torch.no_grad():
+        for length in (7, 5):
+            states = torch.randn(2, length, 12, generator=generator, dtype=torch.float64)
+            whole = module(states)
+            for position in range(length):
+                torch.testing.assert_close(module.step(states[:, position], cache, position), whole[:, position])
+
+
+def test_keys_and_values_serve_any_number_of_states(generator):
+    module = CrossAttention(12, 4).double()
+    states = torch.randn(2, 5, 12, generator=generator, dtype=torch.float64)
+    memory = torch.randn(2, 3, 12, generator=generator, dtype=torch.float64)
+    key_value = module.keys_and_values(memory)
+    assert key_value[0].shape == (2, 4, 3, 3)
+    for position in range(5):
+        one = module.attend(states[:, position : position + 1], *key_value)
+        torch.testing.assert_close(one, module(states, memory)[:, position : position + 1])

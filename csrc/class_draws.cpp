@@ -1,0 +1,142 @@
+#include "class_draws.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "lanes.h"
+#include "parallel.h"
+
+namespace eventkern {
+namespace {
+
+constexpr int64_t kGrainClasses = 1 << 14;  // fewer logits than this do not pay for a second thread
+constexpr int64_t kScanned = 16;            // logits looked at together: few have one of the k among them
+constexpr int64_t kLeastColumns = 64;
+constexpr int64_t kMostRanked = 256;  // values whose ranks are counted, each against all
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+struct Candidate {
+  float logit;
+  int32_t number;
+};
+
+struct Scratch {
+  std::vector<float> values;
+  std::vector<Candidate> found;
+  std::vector<Candidate> kept;
+};
+
+// The larger logit, and of equal ones the class that comes first.
+bool is_before(const Candidate& left, const Candidate& right) {
+  return left.logit > right.logit || (left.logit == right.logit && left.number < right.number);
+}
+
+// How many of `count` values are above one.
+EVENTKERN_INLINE int num_above(const float* values, int64_t count, float value) {
+  int above = 0;
+  for (int64_t i = 0; i < count; ++i) above += values[i] > value;
+  return above;
+}
+
+// A logit that at least k reach, and few more: the k-th largest of the largest in each of `num_columns` columns, where
+// column i holds logits i, i + num_columns, ... -infinity where there are too few logits for that to be worth it.
+EVENTKERN_INLINE float bound_of(const float* logits, int64_t num_classes, int64_t k, std::vector<float>& columns) {
+  const int64_t num_columns = std::max(kLeastColumns, (3 * k + kScanned - 1) / kScanned * kScanned);
+  if (num_columns > kMostRanked || num_classes < 2 * num_columns) return -kInfinity;
+  columns.assign(logits, logits + num_columns);
+  float* const largest = columns.data();
+  for (int64_t start = num_columns; start < num_classes; start += num_columns) {
+    const int64_t count = std::min(num_columns, num_classes - start);
+    for (int64_t i = 0; i < count; ++i) {
+      const float logit = logits[start + i];
+      largest[i] = logit > largest[i] ? logit : largest[i];
+    }
+  }
+  float bound = kInfinity;
+  for (int64_t i = 0; i < num_columns; ++i) {
+    if (num_above(largest, num_columns, largest[i]) < k) bound = std::min(bound, largest[i]);
+  }
+  return bound;
+}
+
+// Writes the k largest of the candidates, the largest first. Of few each one's rank is counted, which needs no branch.
+EVENTKERN_INLINE void sort_largest(std::vector<Candidate>& found, int64_t k, std::vector<float>& values,
+                                   std::vector<Candidate>& kept) {
+  const int64_t count = found.size();
+  kept.resize(k);
+  if (count > kMostRanked) {
+    std::partial_sort_copy(found.begin(), found.end(), kept.begin(), kept.end(), is_before);
+    return;
+  }
+  values.resize(count);
+  for (int64_t i = 0; i < count; ++i) values[i] = found[i].logit;
+  for (int64_t i = 0; i < count; ++i) {
+    int rank = num_above(values.data(), count, values[i]);
+    for (int64_t j = 0; j < i; ++j) rank += values[j] == values[i];
+    if (rank < k) kept[rank] = found[i];
+  }
+}
+
+// Fills `kept` with the classes of the k largest logits, the largest first.
+EVENTKERN_INLINE void keep_largest(const float* logits, int64_t num_classes, int64_t k, Scratch& scratch) {
+  const float bound = bound_of(logits, num_classes, k, scratch.values);
+  scratch.found.clear();
+  for (int64_t start = 0; start < num_classes; start += kScanned) {
+    const int64_t end = std::min(start + kScanned, num_classes);
+    int num_below = 0;
+    for (int64_t i = start; i < end; ++i) num_below += logits[i] < bound;
+    if (num_below == end - start) continue;
+    for (int64_t i = start; i < end; ++i) {
+      if (!(logits[i] < bound)) scratch.found.push_back({logits[i], static_cast<int32_t>(i)});
+    }
+  }
+  sort_largest(scratch.found, k, scratch.values, scratch.kept);
+}
+
+// The first candidate at which the sum of the powers so far is above `uniform` times their sum. A float below 1 times
+// the sum rounds below the sum, so there is one, unless a logit is NaN.
+int32_t draw(const std::vector<Candidate>& kept, float inverse_temperature, float uniform, std::vector<float>& sums) {
+  sums.resize(kept.size());
+  float sum = 0.0f;
+  for (size_t i = 0; i < kept.size(); ++i) {
+    sum += std::exp((kept[i].logit - kept.front().logit) * inverse_temperature);
+    sums[i] = sum;
+  }
+  const auto found = std::upper_bound(sums.begin(), sums.end() - 1, uniform * sum);
+  return kept[found - sums.begin()].number;
+}
+
+EVENTKERN_CLONES void draw_range(const ClassDraws& call, Range items, int32_t* classes) {
+  Scratch scratch;
+  for (int64_t item = items.begin; item < items.end; ++item) {
+    const int64_t row = item / call.num_heads;
+    const int64_t head = item % call.num_heads;
+    const int64_t left_out = call.num_left_out[head];
+    const int64_t first = call.first_classes[head] + left_out;
+    const int64_t num_classes = call.first_classes[head + 1] - first;
+    keep_largest(call.logits + row * call.row_stride + first, num_classes, std::min(call.top_k, num_classes), scratch);
+    const int32_t number = call.uniforms == nullptr
+                               ? scratch.kept.front().number
+                               : draw(scratch.kept, call.inverse_temperature, call.uniforms[item], scratch.values);
+    classes[item] = number + static_cast<int32_t>(left_out);
+  }
+}
+
+}  // namespace
+
+void draw_classes_cpu(const ClassDraws& call, int32_t* classes) {
+  const int64_t num_items = call.num_rows * call.num_heads;
+  const int num_parts = parts_for(call.num_rows * call.first_classes[call.num_heads], kGrainClasses, call.num_threads);
+  if (num_parts == 1) {
+    draw_range(call, {0, num_items}, classes);
+    return;
+  }
+#pragma omp parallel for num_threads(num_parts) schedule(static, 1)
+  for (int part = 0; part < num_parts; ++part) {
+    draw_range(call, split_range(num_items, 1, part, num_parts), classes);
+  }
+}
+
+}  // namespace eventkern
