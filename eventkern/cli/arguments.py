@@ -140,6 +140,8 @@ class Evaluate:
     """A guess may name so many classes."""
     out: Path | None = None
     """Folder to write evaluation.json and evaluation.png into; default: the tables are printed, and nothing written."""
+    quantize: Literal["none", "int8"] = "none"
+    """int8: of the model with its weights as 8-bit integers, and what they cost against its own."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: cuda, else mps, else cpu."""
 

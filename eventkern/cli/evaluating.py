@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,8 @@ from eventkern.cli.arguments import Evaluate, RunConfig
 from eventkern.cli.commands import build_ledger, open_run
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from eventkern.data import EventStore
     from eventkern.train import Ledger, Scorecard
 
@@ -24,7 +28,10 @@ def evaluate(command: Evaluate) -> None:
 
 def evaluate_checkpoint(command: Evaluate) -> None:
     """Prints the ledger and the scorecard of a checkpoint, and writes both where a folder is given."""
+    from torch.nn.utils import parametrize
+
     from eventkern.data.loader import EventLoader
+    from eventkern.nn.quantization import quantize_int8, weight_bytes
     from eventkern.train import Scorecard, score
     from eventkern.train.logging import print_shown
     from eventkern.train.run_folder import require_folder
@@ -37,16 +44,42 @@ def evaluate_checkpoint(command: Evaluate) -> None:
     options: dict[str, Any] = {key: getattr(run.config, key) for key in keys}
     options |= {"batch_size": command.batch_size, "device": run.device, "fold": run.fold}
     loader = EventLoader(run.store, "validation", by_length=True, **options)
-    sums = score(run.model, loader, top_k=command.top_k, precision=run.precision, device=run.device)
+    measure = partial(score, run.model, loader, top_k=command.top_k, precision=run.precision, device=run.device)
+    sums = measure()
+    quantization = None
+    if command.quantize == "int8":
+        plain = {"bytes_before": weight_bytes(run.model), "loss_sum_before": loss_sum(sums)}
+        quantize_int8(run.model)
+        with parametrize.cached():
+            sums = measure()
+        quantization = {"weights": "int8", **plain, "bytes": weight_bytes(run.model), "loss_sum": loss_sum(sums)}
     scorecard = Scorecard(run.model.head_names, run.model.config.category_sizes, command.top_k, sums)
     ledger = build_ledger(run.store, run.config.id_category_size, run.fold, counted_on)
     ledger.update(run.step, scorecard.loss, scorecard.top1)
     print_shown(ledger)
     print()
     print_shown(scorecard)
+    if quantization is not None:
+        print(f"\n{cost(quantization)}")
     if command.out is not None:
-        told = {"checkpoint": str(run.path), "store": str(run.store.path), "precision": run.precision}
+        told: dict[str, Any] = {"checkpoint": str(run.path), "store": str(run.store.path), "precision": run.precision}
+        told |= {"quantization": quantization}
         write_evaluation(command.out, told, ledger, scorecard)
+
+
+def loss_sum(sums: Mapping[str, Tensor]) -> float:
+    """The loss summed over the categories, in nats."""
+    return float((sums["loss"] / sums["num_targets"]).sum())
+
+
+def cost(quantization: Mapping[str, Any]) -> str:
+    """What quantised weights save and cost, in a line."""
+    size, before = quantization["bytes"], quantization["bytes_before"]
+    loss, loss_before = quantization["loss_sum"], quantization["loss_sum_before"]
+    return (
+        f"{quantization['weights']} weights: {size / 1e6:.2f} MB of {before / 1e6:.2f}, loss {loss:.4f} against "
+        f"{loss_before:.4f} nats, {loss - loss_before:+.4f}"
+    )
 
 
 def training_store(config: RunConfig, store: EventStore) -> EventStore:
@@ -62,7 +95,7 @@ def training_store(config: RunConfig, store: EventStore) -> EventStore:
         ) from error
 
 
-def write_evaluation(out: Path, told: dict[str, Any], ledger: Ledger, scorecard: Scorecard) -> None:
+def write_evaluation(out: Path, told: Mapping[str, Any], ledger: Ledger, scorecard: Scorecard) -> None:
     """Writes evaluation.json and evaluation.png into a folder, and says so."""
     from eventkern.train.reliability import plot_evaluation
     from eventkern.train.whole_files import write_file

@@ -3,6 +3,7 @@
 from eventkern.nn.attention import CrossAttention, SelfAttention, StackedSelfAttention
 from eventkern.nn.embedding import MultiEmbedding
 from eventkern.nn.heads import MultiHeadCrossEntropy
+from eventkern.nn.quantization import quantize_int8
 from eventkern.nn.stacked import StackedLayerNorm, StackedLinear
 
 __all__ = [
@@ -13,4 +14,5 @@ __all__ = [
     "StackedLayerNorm",
     "StackedLinear",
     "StackedSelfAttention",
+    "quantize_int8",
 ]

@@ -153,6 +153,22 @@ def test_scores_are_those_of_all_windows_at_once(here: Path, capsys: pytest.Capt
         )
 
 
+def test_int8_weights_and_what_they_cost(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "--out", "plain")
+    shown = run(capsys, "--out", "int8", "--quantize", "int8")
+    plain, told = read_json(here / "plain/evaluation.json"), read_json(here / "int8/evaluation.json")
+    assert plain["quantization"] is None
+    held = told["quantization"]
+    assert held["loss_sum_before"] == pytest.approx(plain["scorecard"]["sum"]["loss"], rel=1e-6)
+    assert held["loss_sum"] == pytest.approx(told["scorecard"]["sum"]["loss"], rel=1e-9)
+    cost = held["loss_sum"] - held["loss_sum_before"]
+    assert 0 < abs(cost) < 0.05
+    state = load_checkpoint(here / "run/checkpoints/best")["model"]
+    assert held["bytes_before"] == sum(4 * weight.numel() for weight in state.values())
+    assert held["bytes"] < 0.5 * held["bytes_before"]  # biases, norms and scales are many in so small a model
+    assert re.search(rf"^int8 weights: 0.0\d MB of 0.0\d, loss .* nats, {cost:+.4f}$".replace("+", r"\+"), shown, re.M)
+
+
 def test_next_years_table_is_evaluated_with_the_classes_of_this_one(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
