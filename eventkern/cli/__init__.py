@@ -7,9 +7,10 @@ import sys
 import time
 from collections.abc import Sequence
 
-from eventkern.cli.arguments import Evaluate, Generate, Info, Prepare, RunConfig, Train, load_config, parse
+from eventkern.cli.arguments import Evaluate, Export, Generate, Info, Prepare, RunConfig, Train, load_config, parse
 from eventkern.cli.commands import command_line, info, prepare, train
 from eventkern.cli.evaluating import evaluate
+from eventkern.cli.exporting import export
 from eventkern.cli.generating import generate
 from eventkern.train.config import ConfigError
 from eventkern.train.failures import OtherRankError, RunFailure
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     evaluate(command)
                 case Generate():
                     generate(command)
+                case Export():
+                    export(command)
                 case Info():
                     info()
         return 0

@@ -190,11 +190,29 @@ class Generate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a checkpoint's inference path as a program that torch runs alone (torch.export)."""
+
+    checkpoint: Positional[Annotated[Path, arg(metavar="CHECKPOINT")]]
+    """A checkpoint, or a run folder (its best checkpoint)."""
+    out: Path
+    """The .pt2 file to write."""
+    quantize: Literal["none", "int8"] = "none"
+    """int8: with the weights as 8-bit integers."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"
+    """Where the program will run; auto: cuda, else mps, else cpu."""
+
+    def __post_init__(self) -> None:
+        if self.out.suffix != ".pt2":
+            raise ConfigError(f"out is {self.out}, but must be a .pt2 file")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Info:
     """Print versions, devices, which kernel serves which op, and what this machine reaches."""
 
 
-Command = Prepare | Train | Evaluate | Generate | Info
+Command = Prepare | Train | Evaluate | Generate | Export | Info
 
 
 def parse(arguments: list[str]) -> Command:
@@ -212,7 +230,7 @@ def parse(arguments: list[str]) -> Command:
     arguments = [re.sub(r"^--log(?==|$)", "--logger", argument) for argument in arguments]
     config = load_config(arguments[1])
     defaults = tyro.conf.subcommand("train", default=Train(config=arguments[1], **vars(config)))
-    return _parse(Prepare | Annotated[Train, defaults] | Evaluate | Generate | Info, arguments)
+    return _parse(Prepare | Annotated[Train, defaults] | Evaluate | Generate | Export | Info, arguments)
 
 
 def _parse(commands: Any, arguments: list[str]) -> Command:

@@ -128,6 +128,11 @@ def command_line(arguments: Sequence[str]) -> str:
     return shlex.join(["torchrun", *nodes, "--nproc-per-node", str(of_node), "-m", "eventkern", *arguments])
 
 
+def checkpoint_of(path: Path) -> Path:
+    """The checkpoint that a path means: of a run folder its best."""
+    return path / "checkpoints" / "best" if (path / "checkpoints").is_dir() else path
+
+
 def load_run(path: Path) -> dict[str, Any]:
     """Loads a checkpoint that `eventkern train` wrote, whose metadata tell the model and the run's configuration."""
     from eventkern.train.checkpoint import CheckpointError, load_checkpoint
@@ -215,8 +220,7 @@ def open_run(checkpoint: Path, store_name: str | None, device_name: str) -> Open
     from eventkern.train.device import has_precision, select_device, select_precision
     from eventkern.train.lineage import refuse_other_lineage
 
-    is_run = (checkpoint / "checkpoints").is_dir()
-    path = checkpoint / "checkpoints" / "best" if is_run else checkpoint
+    path = checkpoint_of(checkpoint)
     device = select_device(device_name)
     state = load_run(path)
     config = from_mapping(RunConfig, state["metadata"]["run"])

@@ -231,3 +231,38 @@ def test_without_matplotlib_the_numbers_are_written(
     shown = run(capsys, "--out", "numbers")
     assert [path.name for path in (here / "numbers").iterdir()] == ["evaluation.json"]
     assert re.search(r"wrote numbers/evaluation.json; no picture, for want of matplotlib", shown)
+
+
+def test_export_writes_a_program_of_the_checkpoint(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "run", "--out", "model.pt2", "--quantize", "int8"]) == 0
+    assert "sources (B, 2, 4, 4) and events (B, 1 to 3, 4), int32" in capsys.readouterr().out
+    state = load_checkpoint(here / "run/checkpoints/best")
+    model = EventTransformer(EventTransformerConfig(**state["metadata"]["model"])).eval()
+    model.load_state_dict(state["model"])
+    sources, events = torch.ones(3, 2, 4, 4, dtype=torch.int32), torch.full((3, 2, 4), 2, dtype=torch.int32)
+    logits = torch.export.load(here / "model.pt2").module()(sources, events)
+    with torch.no_grad():
+        states = model.decode(events, model.encode(sources))
+    for head, name in enumerate(NAMES):
+        error = logits[name] - model.heads.logits(states, head)
+        assert 0 < error.abs().max() < 0.1  # of int8 weights
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("export run --out model.onnx", "out is model.onnx, but must be a .pt2 file"),
+        ("export run --out gone/model.pt2", "--out gone/model.pt2: there is no folder gone; make it first"),
+        ("export gone.pt --out model.pt2", "gone.pt: no such checkpoint"),
+    ],
+)
+def test_mistakes_of_export_are_one_line(
+    here: Path, capsys: pytest.CaptureFixture[str], arguments: str, message: str
+) -> None:
+    (here / "model.pt2").unlink(missing_ok=True)
+    capsys.readouterr()
+    assert main(arguments.split()) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"eventkern: {message}")
+    assert told.count("\n") == 1
+    assert not (here / "model.pt2").exists()

@@ -33,8 +33,8 @@ OTHERS = {  # edits of the table or its schema that leave the number of classes 
 @pytest.mark.parametrize(
     ("arguments", "spoil", "message"),
     [
-        ("", "", "Expected one of {prepare, train, evaluate, generate, info}"),
-        ("trian small.toml", "", "Expected one of {prepare, train, evaluate, generate, info}"),
+        ("", "", "Expected one of {prepare, train, evaluate, generate, export, info}"),
+        ("trian small.toml", "", "Expected one of {prepare, train, evaluate, generate, export, info}"),
         ("train", "", "train takes CONFIG as its first argument"),
         ("train gone.toml", "", "gone.toml: no such configuration file; give the path of one, or one of: cpu_baseline"),
         (TRAIN + " --lrr 3", "", "unknown argument '--lrr'; the closest known option is --lr"),
@@ -198,4 +198,4 @@ def test_the_way_on_names_as_many_processes(rank: Callable[[int], None], monkeyp
 def test_the_module_is_the_command() -> None:
     run = subprocess.run([sys.executable, "-m", "eventkern", "nothing"], capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout) == (2, "")
-    assert run.stderr == "eventkern: Expected one of {prepare, train, evaluate, generate, info}.\n"
+    assert run.stderr == "eventkern: Expected one of {prepare, train, evaluate, generate, export, info}.\n"

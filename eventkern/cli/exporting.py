@@ -1,0 +1,36 @@
+"""`eventkern export`: a checkpoint's inference path as a program that torch runs alone. torch loads inside."""
+
+from __future__ import annotations
+
+from eventkern.cli.arguments import Export
+from eventkern.cli.commands import checkpoint_of, load_run
+from eventkern.train.config import ConfigError
+
+
+def export(command: Export) -> None:
+    """`eventkern export`."""
+    from eventkern.models import EventTransformer, EventTransformerConfig
+    from eventkern.models.export import exported_bytes
+    from eventkern.nn import quantize_int8
+    from eventkern.train.checkpoint import load_weights
+    from eventkern.train.device import select_device
+    from eventkern.train.whole_files import write_file
+
+    if not command.out.parent.is_dir():
+        raise ConfigError(f"--out {command.out}: there is no folder {command.out.parent}; make it first")
+    device = select_device(command.device)
+    path = checkpoint_of(command.checkpoint)
+    state = load_run(path)
+    config = EventTransformerConfig(**state["metadata"]["model"])
+    model = EventTransformer(config)
+    load_weights(model, state["model"], path)
+    if command.quantize == "int8":
+        quantize_int8(model)
+    program = exported_bytes(model.to(device))
+    write_file(command.out, program)
+    categories = len(config.category_names)
+    print(
+        f"wrote {command.out} ({len(program) / 1e6:.2f} MB): sources (B, {config.num_streams}, {config.src_seq_len}, "
+        f"{categories}) and events (B, 1 to {config.tgt_seq_len}, {categories}), int32, to logits by category; "
+        f"torch.export.load({str(command.out)!r}).module() runs it"
+    )
