@@ -129,9 +129,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = Fa
         Deterministic there: the same bits for any number of threads.
 
     Devices:
-        On the CPU, C++ for H of 4, 8, 16 and 32, which has no second derivative; for other H, and on other devices,
-        F.scaled_dot_product_attention without a mask tensor, so that flash attention runs on CUDA. The reference for
-        float64.
+        On the CPU, C++ for H of 4, 8, 16 and 32, which has no second derivative; for other H, on other devices and
+        under torch.export, F.scaled_dot_product_attention without a mask tensor, so that flash attention runs on CUDA.
+        The reference for float64.
 
     Source:
         Vaswani et al., 2017, section 3.2.1. Scores in chunks, and computed again in the backward: Dao et al., 2022
@@ -140,6 +140,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = Fa
     _check_arguments(query, key, value, is_causal)
     if is_reference_forced() or query.dtype == torch.float64:
         return reference.attention(query, key, value, is_causal)
+    if torch.compiler.is_exporting():  # a program that torch runs alone, for any T
+        return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
     if query.device.type != "cpu" or query.shape[3] not in HEAD_DIMS:
         return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
     if torch.is_autocast_enabled("cpu"):
