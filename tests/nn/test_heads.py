@@ -143,6 +143,13 @@ def test_scores_of_parts_add_up(scored):
     assert {name: float(sums.abs().sum()) for name, sums in nothing.items()} == dict.fromkeys(whole, 0.0)
 
 
+def test_a_confidence_on_an_edge_lies_in_the_bin_below_it():
+    module = MultiHeadCrossEntropy(8, (2, 4), bias=False)
+    scores = module.scores(torch.zeros(3, 8), torch.ones(3, 2, dtype=torch.int64), (1, 2), 4)
+    assert scores["bin_counts"].tolist() == [[0, 3, 0, 0], [3, 0, 0, 0]]  # 1/2 and 1/4
+    assert scores["hits"].tolist() == [[0, 3], [0, 3]]  # of equal logits the lower class is ahead
+
+
 def test_logits_that_are_no_numbers_are_no_hits(scored):
     module, hidden, targets = scored
     with torch.no_grad():
