@@ -26,6 +26,14 @@ PRINTED_ROWS = 60
 
 def generate(command: Generate) -> None:
     """`eventkern generate`."""
+    from eventkern.train.failures import explained
+
+    with explained(f"at --batch-size {command.batch_size}: lower it"):
+        generate_from_checkpoint(command)
+
+
+def generate_from_checkpoint(command: Generate) -> None:
+    """Prints or writes the next events of the keys."""
     if command.out is not None and not command.out.parent.is_dir():
         raise ConfigError(f"--out {command.out}: there is no folder {command.out.parent}; make it first")
     run = open_run(command.checkpoint, command.store, command.device)

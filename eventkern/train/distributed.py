@@ -118,4 +118,5 @@ def join(device: str = "auto") -> Iterator[Ranks]:
         raise RunFailure(f"the ranks do not meet at {where}: {mend} ({first_line(error)})") from error
     group = torch.distributed
     yield Ranks(chosen, group.get_rank(), group.get_world_size(), is_alone=False)
+    group.barrier()  # nobody leaves while another still talks to it
     group.destroy_process_group()  # not after an error: it may wait for ranks that are gone

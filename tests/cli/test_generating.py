@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from benchmarks.studies.generated_marginals import distances, generated_and_true, table, total_variation
 from eventkern.cli import main
@@ -185,3 +186,16 @@ def test_the_study_sets_as_many_generated_events_beside_the_true_ones(here: Path
     assert found[0].generated == 0
     assert all(0 < each.generated < 0.6 for each in found[1:])
     assert table(found).count("\n") == 2 + 1 + 4
+
+
+def test_memory_that_a_generation_uses_up_names_its_key(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def use_up(*_: object) -> None:
+        torch.zeros(2**60, dtype=torch.uint8)
+
+    monkeypatch.setattr("eventkern.models.EventTransformer.encode", use_up)
+    assert main(["generate", "run", "--key", "p1", "--events", "2", "--device", "cpu", "--batch-size", "7"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("eventkern: out of memory at --batch-size 7: lower it (")
+    assert told.count("\n") == 1
