@@ -50,8 +50,8 @@ class EventTransformerConfig:
         src_seq_len: S, events of each stream.
         tgt_seq_len: T, events the decoder predicts.
         d_model: D, a multiple of num_heads.
-        num_heads: attention heads. Flash attention on CUDA pads small head dims, so that a head of 8 costs what a larger
-            one does; on a CPU, 2 to 8 heads of d_model 64 cost the same.
+        num_heads: attention heads. Flash attention on CUDA pads small head dims, so that one of 8 costs what a larger
+            does; on a CPU, 2 to 8 heads of d_model 64 cost the same.
         encoder_layers: layers of each stream's encoder.
         decoder_layers: layers of the decoder.
         dropout: probability at the embeddings and after every attention and feed-forward block; attention weights have
@@ -187,8 +187,7 @@ class DecoderLayer(nn.Module):
             memory: keys and values of the streams' vectors, from `cross_attention.keys_and_values`.
         """
         states_BD = states_BD + self.attention.step(self.attention_norm(states_BD), cache_B2NTH, position)
-        query_B1D = self.cross_attention_norm(states_BD).unsqueeze(1)
-        states_BD = states_BD + self.cross_attention.attend(query_B1D, *memory).squeeze(1)
+        states_BD = states_BD + self.cross_attention.step(self.cross_attention_norm(states_BD), *memory)
         return states_BD + self.feed_forward(self.feed_forward_norm(states_BD))
 
 

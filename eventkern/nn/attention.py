@@ -117,18 +117,19 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(d_model, d_model)
 
     def forward(self, states_BTD: Tensor, memory_BKD: Tensor) -> Tensor:
-        return self.attend(states_BTD, *self.keys_and_values(memory_BKD))
+        query = _split_heads(self.query(states_BTD), self.num_heads)
+        attended_BNTH = attention(query, *self.keys_and_values(memory_BKD))
+        return self.out(attended_BNTH.transpose(1, 2).flatten(-2))
 
     def keys_and_values(self, memory_BKD: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, N, K, H) of the vectors, for any number of calls of `attend`."""
+        """Keys and values (B, N, K, H) of the vectors, for any number of calls of `step`."""
         key, value = (_split_heads(part, self.num_heads) for part in self.key_value(memory_BKD).chunk(2, dim=-1))
         return key, value
 
-    def attend(self, states_BTD: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """What `forward` gives for the states, after keys and values (B, N, K, H)."""
-        query = _split_heads(self.query(states_BTD), self.num_heads)
-        attended_BNTH = attention(query, key, value)
-        return self.out(attended_BNTH.transpose(1, 2).flatten(-2))
+    def step(self, states_BD: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """What `forward` gives for one position, (B, D), after keys and values (B, N, K, H)."""
+        query_BN1H = self.query(states_BD).unflatten(-1, (self.num_heads, 1, -1))
+        return self.out(F.scaled_dot_product_attention(query_BN1H, key, value).flatten(1))
 
 
 def _check_heads(d_model: int, num_heads: int) -> None:
