@@ -55,12 +55,11 @@ def test_steps_over_a_cache_are_the_positions_of_causal_self_attention(generator
                 torch.testing.assert_close(module.step(states[:, position], cache, position), whole[:, position])
 
 
-def test_keys_and_values_serve_any_number_of_states(generator):
+def test_keys_and_values_serve_any_number_of_steps(generator):
     module = CrossAttention(12, 4).double()
     states = torch.randn(2, 5, 12, generator=generator, dtype=torch.float64)
     memory = torch.randn(2, 3, 12, generator=generator, dtype=torch.float64)
     key_value = module.keys_and_values(memory)
     assert key_value[0].shape == (2, 4, 3, 3)
     for position in range(5):
-        one = module.attend(states[:, position : position + 1], *key_value)
-        torch.testing.assert_close(one, module(states, memory)[:, position : position + 1])
+        torch.testing.assert_close(module.step(states[:, position], *key_value), module(states, memory)[:, position])
