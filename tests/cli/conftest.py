@@ -66,18 +66,29 @@ def allocator_calls() -> Iterator[list[None]]:
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory, visits_schema: Callable[..., str]) -> Path:
-    """A folder with a table, its schema and store, a configuration, and a run of 20 steps; not to be written to."""
-    folder = tmp_path_factory.mktemp("made")
-    (folder / "visits.csv").write_text("\n".join(visits()) + "\n")
-    (folder / "visits.toml").write_text(visits_schema("2024-03-01", "person", "place") + WEEKDAY)
-    (folder / "small.toml").write_text(CONFIG)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(device, "keep_freed_memory", lambda: None)
-        assert main(["prepare", "visits.csv", "--schema", "visits.toml", "--out", "store"]) == 0
-        assert main(["train", "small.toml", "--run-dir", "run"]) == 0
-    return folder
+def make_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, str], Path]:
+    """Makes a folder with a table, its schema and store, a configuration and a run of it, of the files' texts."""
+
+    def make(table: str, schema: str, config: str) -> Path:
+        folder = tmp_path_factory.mktemp("made")
+        (folder / "visits.csv").write_text(table)
+        (folder / "visits.toml").write_text(schema)
+        (folder / "small.toml").write_text(config)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            patch.setattr(device, "keep_freed_memory", lambda: None)
+            assert main(["prepare", "visits.csv", "--schema", "visits.toml", "--out", "store"]) == 0
+            assert main(["train", "small.toml", "--run-dir", "run"]) == 0
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def made(make_run: Callable[[str, str, str], Path], visits_schema: Callable[..., str]) -> Path:
+    """A folder with a run of 20 steps; not to be written to."""
+    schema = visits_schema("2024-03-01", "person", "place") + WEEKDAY
+    return make_run("\n".join(visits()) + "\n", schema, CONFIG)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ import torch
 from eventkern.cli import main
 from eventkern.data import EventLoader, EventStore
 from eventkern.models import EventTransformer, EventTransformerConfig
-from eventkern.train import device
 from eventkern.train.checkpoint import load_checkpoint
 
 SCHEMA = """
@@ -64,26 +63,11 @@ def visits(first: datetime.datetime, seed: int, num_rows: int = 400) -> str:
     return "\n".join(lines) + "\n"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def allocator() -> Iterator[None]:
-    """Commands run in the test process here, whose allocator must stay as it was for tests that measure memory."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device, "keep_freed_memory", lambda: None)
-        yield
-
-
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a table, its schema and store, and a run of 20 steps; tests write new files there alone."""
-    folder = tmp_path_factory.mktemp("made")
-    (folder / "visits.csv").write_text(visits(datetime.datetime(2024, 1, 1), 3))
-    (folder / "visits.toml").write_text(SCHEMA)
+def made(make_run: Callable[[str, str, str], Path]) -> Path:
+    """A folder with a store and a run of 20 steps; tests write new files there alone."""
+    folder = make_run(visits(datetime.datetime(2024, 1, 1), 3), SCHEMA, CONFIG)
     (folder / "early.toml").write_text(SCHEMA.replace("2024-03-01", "2023-03-01"))
-    (folder / "small.toml").write_text(CONFIG)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert main(["prepare", "visits.csv", "--schema", "visits.toml", "--out", "store"]) == 0
-        assert main(["train", "small.toml", "--run-dir", "run"]) == 0
     return folder
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import datetime
 import random
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,6 @@ from benchmarks.studies.generated_marginals import distances, generated_and_true
 from eventkern.cli import main
 from eventkern.cli.commands import open_run
 from eventkern.data import EventStore
-from eventkern.train import device
 
 SCHEMA = """
 name = "visits"
@@ -65,26 +64,9 @@ def visits() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(make_run: Callable[[str, str, str], Path]) -> Path:
     """A folder with a store and a run of 60 steps; not to be written to."""
-    folder = tmp_path_factory.mktemp("made")
-    (folder / "visits.csv").write_text("\n".join(visits()) + "\n")
-    (folder / "visits.toml").write_text(SCHEMA)
-    (folder / "small.toml").write_text(CONFIG)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(device, "keep_freed_memory", lambda: None)
-        assert main(["prepare", "visits.csv", "--schema", "visits.toml", "--out", "store"]) == 0
-        assert main(["train", "small.toml", "--run-dir", "run"]) == 0
-    return folder
-
-
-@pytest.fixture
-def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of that folder to work in."""
-    shutil.copytree(made, tmp_path / "here", symlinks=True)
-    monkeypatch.chdir(tmp_path / "here")
-    return tmp_path / "here"
+    return make_run("\n".join(visits()) + "\n", SCHEMA, CONFIG)
 
 
 def generated(*options: str, out: str = "out.parquet") -> pa.Table:
