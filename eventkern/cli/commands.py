@@ -143,6 +143,22 @@ def load_run(path: Path) -> dict[str, Any]:
     return state
 
 
+def load_model(path: Path, state: dict[str, Any], sizes: EventTransformerConfig) -> EventTransformer:
+    """The model of these sizes with the weights of what `load_run(path)` gave, on the CPU."""
+    from eventkern.models import EventTransformer
+    from eventkern.train.checkpoint import load_weights
+
+    model = EventTransformer(sizes)
+    load_weights(model, state["model"], path)
+    return model
+
+
+def require_parent(out: Path) -> None:
+    """Raises a ConfigError where the folder that a file is to be written into is not there."""
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out {out}: there is no folder {out.parent}; make it first")
+
+
 def model_config(config: RunConfig, store: EventStore) -> EventTransformerConfig:
     """The model that a configuration means on a store."""
     from eventkern.models import EventTransformerConfig
@@ -214,8 +230,6 @@ def open_run(checkpoint: Path, store_name: str | None, device_name: str) -> Open
         DataError: no such store.
     """
     from eventkern.data.shipped import open_store
-    from eventkern.models import EventTransformer
-    from eventkern.train.checkpoint import load_weights
     from eventkern.train.config import from_mapping
     from eventkern.train.device import has_precision, select_device, select_precision
     from eventkern.train.lineage import refuse_other_lineage
@@ -228,8 +242,7 @@ def open_run(checkpoint: Path, store_name: str | None, device_name: str) -> Open
     sizes = model_config(config, store)
     fold = fold_of(config)
     refuse_other_lineage(state["metadata"]["lineage"], lineage(store, sizes, fold), path, store.path)
-    model = EventTransformer(sizes)
-    load_weights(model, state["model"], path)
+    model = load_model(path, state, sizes)
     wanted = config.precision if has_precision(config.precision, device) else "auto"  # trained on another device
     precision = select_precision(wanted, device)
     return OpenedRun(path, state["step"], config, store, model.to(device), fold, device, precision)

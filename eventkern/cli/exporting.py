@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 from eventkern.cli.arguments import Export
-from eventkern.cli.commands import checkpoint_of, load_run
-from eventkern.train.config import ConfigError
+from eventkern.cli.commands import checkpoint_of, load_model, load_run, require_parent
 
 
 def export(command: Export) -> None:
     """`eventkern export`."""
-    from eventkern.models import EventTransformer, EventTransformerConfig
+    from eventkern.models import EventTransformerConfig
     from eventkern.models.export import exported_bytes
     from eventkern.nn import quantize_int8
-    from eventkern.train.checkpoint import load_weights
     from eventkern.train.device import select_device
     from eventkern.train.whole_files import write_file
 
-    if not command.out.parent.is_dir():
-        raise ConfigError(f"--out {command.out}: there is no folder {command.out.parent}; make it first")
+    require_parent(command.out)
     device = select_device(command.device)
     path = checkpoint_of(command.checkpoint)
     state = load_run(path)
     config = EventTransformerConfig(**state["metadata"]["model"])
-    model = EventTransformer(config)
-    load_weights(model, state["model"], path)
+    model = load_model(path, state, config)
     if command.quantize == "int8":
         quantize_int8(model)
     program = exported_bytes(model.to(device))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eventkern.cli.arguments import Generate
-from eventkern.cli.commands import OpenedRun, open_run
+from eventkern.cli.commands import OpenedRun, open_run, require_parent
 from eventkern.train.config import ConfigError
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ def generate(command: Generate) -> None:
 
 def generate_from_checkpoint(command: Generate) -> None:
     """Prints or writes the next events of the keys."""
-    if command.out is not None and not command.out.parent.is_dir():
-        raise ConfigError(f"--out {command.out}: there is no folder {command.out.parent}; make it first")
+    if command.out is not None:
+        require_parent(command.out)
     run = open_run(command.checkpoint, command.store, command.device)
     anchors, names = choose_keys(run.store, command.key)
     codes = generate_events(
