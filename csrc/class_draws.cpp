@@ -65,7 +65,7 @@ EVENTKERN_INLINE float bound_of(const float* logits, int64_t num_classes, int64_
 EVENTKERN_INLINE void sort_largest(std::vector<Candidate>& found, int64_t k, std::vector<float>& values,
                                    std::vector<Candidate>& kept) {
   const int64_t count = found.size();
-  kept.resize(k);
+  kept.assign(std::min(k, count), found.front());  // ranks among NaN leave places as they are
   if (count > kMostRanked) {
     std::partial_sort_copy(found.begin(), found.end(), kept.begin(), kept.end(), is_before);
     return;

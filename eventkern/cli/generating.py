@@ -152,7 +152,7 @@ def choose_keys(store: EventStore, wanted: tuple[str, ...]) -> tuple[NDArray[np.
     value in the store.
 
     Raises:
-        ConfigError: a key that the store does not know; names it and the nearest that it does.
+        ConfigError: a key that the store does not know (names it and the nearest that it does), or no key at all.
     """
     from eventkern.data.history import key_values, newest_events
 
@@ -163,5 +163,7 @@ def choose_keys(store: EventStore, wanted: tuple[str, ...]) -> tuple[NDArray[np.
             closest = difflib.get_close_matches(key, of_key, n=1, cutoff=0.0)
             nearest = f"; the nearest is {closest[0]!r}" if closest else ""
             raise ConfigError(f"--key {key}: {store.path} has no {store.schema.key} {key!r}{nearest}")
+    if not of_key:
+        raise ConfigError(f"{store.path} has no {store.schema.key} that the store of the training knew")
     names = list(wanted or of_key)
     return newest[[of_key[name] for name in names]], names

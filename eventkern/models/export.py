@@ -45,7 +45,9 @@ def export_logits(model: EventTransformer) -> ExportedProgram:
     sources = torch.ones(2, config.num_streams, config.src_seq_len, categories, dtype=torch.int32, device=device)
     events = torch.ones(2, config.tgt_seq_len, categories, dtype=torch.int32, device=device)
     batch = Dim("batch")
-    shapes = {"sources": {0: batch}, "events": {0: batch, 1: Dim("num_events", max=config.tgt_seq_len)}}
+    # a dimension that can only be 1 is no dynamic one
+    num_events = {1: Dim("num_events", max=config.tgt_seq_len)} if config.tgt_seq_len > 1 else {}
+    shapes = {"sources": {0: batch}, "events": {0: batch, **num_events}}
     model.eval()
     try:
         with torch.no_grad(), warnings.catch_warnings():

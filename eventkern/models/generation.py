@@ -18,6 +18,8 @@ from eventkern.models.event_transformer import DecoderLayer, EventTransformer
 from eventkern.ops.switches import is_reference_forced
 
 MISSING_CLASS = 1
+COLDEST = 1e-30
+"""Temperatures below it take the likeliest class: a difference of logits over one of them can leave float32."""
 FIRST_CLASS = 2
 """The first class that stands for a value: 0 is padding, 1 missing or out-of-vocabulary."""
 
@@ -93,7 +95,7 @@ class ClassSampler:
 
     Args:
         head_sizes: classes of each of the H heads, at least 2 of each.
-        temperature: 0 takes the class of the largest logit.
+        temperature: 0, or below 1e-30, takes the class of the largest logit.
         top_k: classes of a head that can be drawn; None: all.
         allow_missing: whether class 1, missing or out-of-vocabulary, can be drawn; where it is the only class but
             padding it is drawn all the same.
@@ -117,7 +119,7 @@ class ClassSampler:
 
     def __call__(self, logits_BV: Tensor, uniforms_BH: Tensor | None) -> Tensor:
         """Packed logits (B, sum(head_sizes)) and numbers in [0, 1), one a head, to classes (B, H) int32."""
-        if logits_BV.is_cpu and not is_reference_forced() and (self.temperature == 0 or self.top_k is not None):
+        if logits_BV.is_cpu and not is_reference_forced() and (self._is_greedy or self.top_k is not None):
             return self._draw_on_cpu(logits_BV.float(), uniforms_BH)
         classes, start, head = [], 0, 0
         for size, run in itertools.groupby(self.head_sizes):
@@ -130,13 +132,17 @@ class ClassSampler:
             start, head = start + num_heads * size, head + num_heads
         return torch.cat(classes, dim=-1).int()
 
+    @property
+    def _is_greedy(self) -> bool:
+        return self.temperature < COLDEST
+
     def _num_left_out(self, size: int) -> int:
         """Classes of a head, from padding on, that are never drawn."""
         return FIRST_CLASS if not self.allow_missing and size > FIRST_CLASS else MISSING_CLASS
 
     def _draw_on_cpu(self, logits_BV: Tensor, uniforms_BH: Tensor | None) -> Tensor:
         logits_BV = logits_BV.contiguous()
-        is_greedy = self.temperature == 0 or uniforms_BH is None
+        is_greedy = self._is_greedy or uniforms_BH is None
         uniforms = None if is_greedy or uniforms_BH is None else uniforms_BH.contiguous()
         classes = torch.empty(len(logits_BV), len(self.head_sizes), dtype=torch.int32)
         _C.draw_classes_cpu(
@@ -154,14 +160,16 @@ class ClassSampler:
         return classes
 
     def _draw(self, logits_BHV: Tensor, uniforms_BH: Tensor | None) -> Tensor:
-        if self.temperature == 0 or uniforms_BH is None:
+        if self._is_greedy or uniforms_BH is None:
             return logits_BHV.argmax(-1)
         classes = None
         if self.top_k is not None:
             logits_BHV, classes = logits_BHV.topk(min(self.top_k, logits_BHV.shape[-1]))
-        sums = (logits_BHV / self.temperature).softmax(-1).cumsum(-1)
-        # A float32 below 1 times the total rounds below the total, so that a class is always found.
+        below_largest = logits_BHV - logits_BHV.amax(-1, keepdim=True)
+        sums = (below_largest / self.temperature).softmax(-1).cumsum(-1)
+        # A float32 below 1 times the total rounds below the total, so that a class is found unless a logit is NaN.
         drawn = torch.searchsorted(sums, uniforms_BH.unsqueeze(-1) * sums[..., -1:], right=True)
+        drawn = drawn.clamp(max=sums.shape[-1] - 1)
         return (drawn if classes is None else classes.gather(-1, drawn)).squeeze(-1)
 
 
@@ -199,6 +207,7 @@ def generate(
 
     Raises:
         ValueError: an argument out of its range, or as many seeds as there are not sequences.
+        FloatingPointError: logits of the last event that are not finite, as weights that are not give.
 
     Source:
         Holtzman et al., 2020, section 5, for sampling with a temperature and among the k likeliest.
@@ -222,16 +231,20 @@ def generate(
     was_training = model.training
     model.eval()
     decoder = CachedDecoder(model, batch_size)
-    with torch.inference_mode():
-        for step in range(num_events):
-            if step % model.config.tgt_seq_len == 0:
-                decoder.begin(model.encode(history.sources(generated_BNC[:, :step]).to(device)))
-            logits_BV = F.linear(decoder.step(events_BC), model.heads.weight, model.heads.bias)
-            events_BC = sampler(logits_BV, None if uniforms is None else uniforms[:, step])
-            if columns:
-                events_BC[:, columns] = anchors[:, columns]
-            generated_BNC[:, step] = events_BC
-    model.train(was_training)
+    try:
+        with torch.inference_mode():
+            for step in range(num_events):
+                if step % model.config.tgt_seq_len == 0:
+                    decoder.begin(model.encode(history.sources(generated_BNC[:, :step]).to(device)))
+                logits_BV = F.linear(decoder.step(events_BC), model.heads.weight, model.heads.bias)
+                events_BC = sampler(logits_BV, None if uniforms is None else uniforms[:, step])
+                if columns:
+                    events_BC[:, columns] = anchors[:, columns]
+                generated_BNC[:, step] = events_BC
+    finally:
+        model.train(was_training)
+    if not logits_BV.isfinite().all():
+        raise FloatingPointError(f"the logits of event {num_events} are not finite: the model's weights are broken")
     return generated_BNC
 
 

@@ -123,12 +123,15 @@ class MultiHeadCrossEntropy(nn.Module):
             hidden, self.weight, targets, self.head_sizes, bias=self.bias, ignore_index=ignored, reduction="sum"
         )
         rows, labels = hidden.reshape(-1, hidden.shape[-1]).float(), targets.reshape(-1, targets.shape[-1]).long()
+        weights = self.weight.float().split(self.head_sizes)
+        biases = None if self.bias is None else self.bias.float().split(self.head_sizes)
         sums = []
         with torch.autocast(hidden.device.type, enabled=False):
             for head, size in enumerate(self.head_sizes):
                 block_rows = max(1, EVALUATED_LOGITS // size)
+                weight, bias = weights[head], None if biases is None else biases[head]
                 blocks = [
-                    _scored(self.logits(block, head), label, label != ignored, top_k, num_bins)
+                    _scored(F.linear(block, weight, bias), label, label != ignored, top_k, num_bins)
                     for block, label in zip(rows.split(block_rows), labels[:, head].split(block_rows), strict=True)
                 ]
                 sums.append({name: torch.stack([block[name] for block in blocks]).sum(0) for name in blocks[0]})

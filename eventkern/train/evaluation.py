@@ -85,11 +85,13 @@ def _totals(
     model.train(False)
     batches.set_epoch(0)
     sums: dict[str, Tensor] = {}
-    with torch.no_grad(), float32_products(precision), autocast(precision, device):
-        for batch, counts in shared(batches, ranks):
-            for name, values in _wide(measure(batch), device).items():
-                sums[name] = sums[name] + values * counts if name in sums else values * counts
-    model.train(was_training)
+    try:
+        with torch.no_grad(), float32_products(precision), autocast(precision, device):
+            for batch, counts in shared(batches, ranks):
+                for name, values in _wide(measure(batch), device).items():
+                    sums[name] = sums[name] + values * counts if name in sums else values * counts
+    finally:
+        model.train(was_training)
     if not sums:
         raise ConfigError("there is nothing to evaluate: the validation loader has no batch")
     flat = ranks.sum(torch.cat([values.flatten() for values in sums.values()])).cpu().double()

@@ -181,3 +181,14 @@ def test_memory_that_a_generation_uses_up_names_its_key(
     told = capsys.readouterr().err
     assert told.startswith("eventkern: out of memory at --batch-size 7: lower it (")
     assert told.count("\n") == 1
+
+
+def test_a_store_of_strangers_has_no_key_to_go_on_with(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    header, *rows = visits()
+    strangers = [header, *(row.replace(",p", ",q") for row in rows)]
+    Path("strangers.csv").write_text("\n".join(strangers) + "\n")
+    assert main(["prepare", "strangers.csv", "--like", "store", "--out", "other"]) == 0
+    capsys.readouterr()
+    assert main(["generate", "run", "--store", "other", "--device", "cpu", "--events", "2"]) == 2
+    told = capsys.readouterr().err
+    assert told == "eventkern: other has no person that the store of the training knew\n"

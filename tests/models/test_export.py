@@ -85,3 +85,16 @@ def test_the_program_is_of_torchs_own_ops_and_knows_its_bounds() -> None:
     sources, events = torch.zeros(2, 2, 6, 3, dtype=torch.int32), torch.zeros(2, 6, 3, dtype=torch.int32)
     with pytest.raises(Exception, match="<= 5"):
         program.module()(sources, events)  # one event more than positions
+
+
+def test_a_model_of_one_target_event_has_a_program(generator: torch.Generator) -> None:
+    config = EventTransformerConfig(("kind", "day"), (9, 4), 2, 3, 1, d_model=16, num_heads=2)
+    model = EventTransformer(config).eval()
+    program = export_logits(model).module()
+    for batch_size in (1, 4):
+        sources = torch.randint(0, 4, (batch_size, 2, 3, 2), generator=generator, dtype=torch.int32)
+        events = torch.randint(0, 4, (batch_size, 1, 2), generator=generator, dtype=torch.int32)
+        with torch.no_grad():
+            states = model.decode(events, model.encode(sources))
+            for head, name in enumerate(config.category_names):
+                torch.testing.assert_close(program(sources, events)[name], model.heads.logits(states, head))

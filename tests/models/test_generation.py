@@ -161,6 +161,35 @@ def test_a_wrong_argument_is_named(model, past, options, message):
         generate(model, past, **{"num_events": 2, "seeds": [1, 2, 3], **options})
 
 
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_weights_that_are_broken_are_told_and_the_mode_comes_back(model, past, top_k):
+    model.train()
+    with torch.no_grad():
+        model.heads.weight[20:] = torch.nan
+    with pytest.raises(FloatingPointError, match="the logits of event 9 are not finite"):
+        generate(model, past, 9, top_k=top_k, seeds=[1, 2, 3])
+    assert model.training
+
+
+@pytest.mark.parametrize("served_by", [nullcontext, use_reference])
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_no_logit_draws_a_class_beyond_its_head(top_k, served_by, generator):
+    """A head whose logits are NaN comes after a larger one, whose classes must not be left for it."""
+    logits = torch.randn(50, 1010, generator=generator)
+    logits[:, 1000:] = torch.nan
+    with served_by():
+        drawn = ClassSampler((1000, 10), 1.0, top_k)(logits, torch.rand(50, 2, generator=generator))
+    assert ((drawn >= 1) & (drawn < torch.tensor([1000, 10]))).all()
+
+
+@pytest.mark.parametrize("top_k", [None, 5])
+@pytest.mark.parametrize("temperature", [1e-45, 1e-39, 1e-31, 1e-29, 1e-20])
+def test_the_coldest_draws_are_greedy(temperature, top_k, generator):
+    logits, uniforms = torch.randn(50, 1000, generator=generator) * 30, torch.rand(50, 1, generator=generator)
+    drawn = ClassSampler((1000,), temperature, top_k)(logits, uniforms)
+    assert drawn.equal(ClassSampler((1000,), 0.0)(logits, None))
+
+
 def test_a_head_with_no_class_but_padding_is_refused():
     with pytest.raises(ValueError, match="head_sizes holds 1; want at least 2: class 0 is padding"):
         ClassSampler((5, 1))

@@ -173,6 +173,15 @@ def test_scores_under_autocast_come_from_float32_logits(generator):
         assert torch.equal(plain[name], cast[name]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scores_of_half_precision_are_those_of_its_weights_and_states(scored, dtype):
+    module, hidden, targets = scored  # exact in half precision
+    expected = module.scores(hidden, targets)
+    scores = module.to(dtype).scores(hidden.to(dtype), targets)
+    for name in expected.keys() - {"loss"}:
+        assert torch.equal(scores[name], expected[name]), name
+
+
 @pytest.mark.parametrize(("top_k", "num_bins"), [((), 15), ((3, 0), 15), ((1,), 0)])
 def test_scores_refuse_what_they_cannot_count(scored, top_k, num_bins):
     with pytest.raises(ValueError, match="want at least 1"):

@@ -224,6 +224,8 @@ def test_autocast_computes_in_its_dtype(generator):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert attention(*inputs).equal(rounded)
         assert attention(inputs[0].bfloat16(), *inputs[1:]).equal(rounded)
+        with use_reference():
+            assert attention(*inputs).equal(reference.attention(*(tensor.bfloat16() for tensor in inputs), False))
     assert not attention(*inputs).equal(rounded.float())
 
 

@@ -72,3 +72,14 @@ def test_scores_are_summed_over_batches_of_any_size(tiny: Any) -> None:
 def test_a_model_without_scores_is_named(tiny: Any) -> None:
     with pytest.raises(TypeError, match="model is a TinyModel, which has no method scores"):
         score(tiny.Model(), tiny.Loader(6))
+
+
+def test_a_model_is_in_its_mode_again_after_a_failure(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Any) -> None:
+        raise RuntimeError("no memory")
+
+    model = tiny.Model().train()
+    monkeypatch.setattr(model, "metrics", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        evaluate(model, tiny.Loader(4, num_samples=9, seed=1))
+    assert model.training

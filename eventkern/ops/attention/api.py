@@ -112,13 +112,15 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = Fa
     output[b, n] = softmax(query[b, n] @ key[b, n].T / sqrt(H)) @ value[b, n]
 
     Args:
-        query: (B, N, T, H) float32, bfloat16, float16 or float64. Autocast casts all three to its dtype.
+        query: (B, N, T, H) float32, bfloat16, float16 or float64. Autocast casts all three to its
+            dtype, unless query is float64.
         key: (B, N, S, H), S at least 1.
         value: (B, N, S, H).
         is_causal: position t sees positions 0..t only; T = S.
 
     Returns:
-        (B, N, T, H) in query.dtype, laid out as (B, T, N, H) on the CPU: `.transpose(1, 2).flatten(2)` is free.
+        (B, N, T, H) in query.dtype, under autocast in its dtype, laid out as (B, T, N, H) on the CPU:
+        `.transpose(1, 2).flatten(2)` is free.
 
     Raises:
         TypeError: query, key or value of another dtype.
@@ -138,15 +140,16 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = Fa
         (FlashAttention), algorithms 1 and 4.
     """
     _check_arguments(query, key, value, is_causal)
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind) and query.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if is_reference_forced() or query.dtype == torch.float64:
         return reference.attention(query, key, value, is_causal)
     if torch.compiler.is_exporting():  # a program that torch runs alone, for any T
         return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
-    if query.device.type != "cpu" or query.shape[3] not in HEAD_DIMS:
+    if kind != "cpu" or query.shape[3] not in HEAD_DIMS:
         return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     output, _ = torch.ops.eventkern.attention(query, key, value, is_causal)
     return output
 
