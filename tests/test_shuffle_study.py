@@ -336,7 +336,9 @@ def test_the_study_is_consistent_with_itself(tmp_path: Path) -> None:
     verdict = record["verdicts"]["1500"]
     assert (f"**{verdict['culprit']}**" in text) == (verdict["culprit"] is not None)
     assert all(title in text for layer, title in shuffle_report.TITLES.items() if layer != "cold")
-    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    picture = path.with_name(f"{path.stem}-layers.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert f"]({picture.name})" in text
 
 
 def test_an_interrupted_study_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

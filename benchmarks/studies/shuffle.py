@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.environment import environment
+from benchmarks.studies import results
 from benchmarks.studies import shuffle_data as data
 from benchmarks.studies import shuffle_report as report
 from benchmarks.studies.shuffle_ladder import Layout, Verdict, crossings, judge, ladder, measure_layouts, nearest
@@ -178,9 +179,10 @@ def main(arguments: list[str] | None = None) -> int:
     paragraphs = report.conclusion(study.figures, study.layouts, base, study.verdicts, study.cold)
     command = shlex.join(["python", "-m", "benchmarks.studies.shuffle", *(arguments or sys.argv[1:])])
     text = report.markdown(paragraphs, study.figures, study.layouts, facts, command)
-    record = {"subject": "shuffle", "command": command, "environment": facts, "conclusion": paragraphs}
+    record = {"command": command, "environment": facts, "conclusion": paragraphs, **study.record()}
+    pictures = {"layers": ("Every layer, shuffled against in order", report.draw(study.figures, base.num_events))}
     console.print(text, markup=False, soft_wrap=True)
-    for path in report.write(options.out, record | study.record(), text, study.figures, base.num_events):
+    for path in results.write(options.out, "shuffle", record, text, pictures):
         console.print(f"wrote {path}", markup=False, soft_wrap=True)
     return 0
 

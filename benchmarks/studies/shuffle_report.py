@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import datetime
-import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.environment import hardware_slug
-from benchmarks.report import finite
+from benchmarks.studies import results
 from benchmarks.studies import shuffle_ladder as steps
+from benchmarks.studies.results import aligned, seconds_text
 from benchmarks.studies.shuffle_ladder import Layout, Verdict
 from benchmarks.studies.shuffle_layers import (
     COLD,
@@ -24,6 +21,9 @@ from benchmarks.studies.shuffle_layers import (
 )
 from benchmarks.studies.shuffle_timing import Figure
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Canvas
+
 TITLES = {
     "order": "Order generation (nothing is fetched)",
     "fetch": "Fetch and collate (all in memory)",
@@ -33,15 +33,6 @@ TITLES = {
     "ladder": "In sequence: the notes' pipeline, each layer alone and one after the other replaced by ours",
     "cold": "Page cache cold and warm (EventStore.rows)",
 }
-
-
-def seconds_text(seconds: float) -> str:
-    """Three digits, in the unit that suits."""
-    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
-        if seconds * factor >= 1 or unit == "µs":
-            value = seconds * factor
-            return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
-    raise AssertionError
 
 
 def cell(figure: Figure | None) -> str:
@@ -56,21 +47,6 @@ def by_contender(figures: list[Figure], layer: str) -> dict[tuple[str, int], dic
         if figure.layer == layer:
             lines.setdefault((figure.contender, figure.num_events), {})[figure.order] = figure
     return dict(sorted(lines.items(), key=lambda line: line[0][1]))
-
-
-def aligned(lines: list[tuple[str, ...]]) -> str:
-    """A Markdown table: the first column to the left, the others to the right."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    rule = tuple("-" * width if column == 0 else "-" * (width - 1) + ":" for column, width in enumerate(widths))
-
-    def joined(line: tuple[str, ...]) -> str:
-        cells = (
-            text.ljust(width) if column == 0 else text.rjust(width)
-            for column, (text, width) in enumerate(zip(line, widths, strict=True))
-        )
-        return f"| {' | '.join(cells)} |"
-
-    return "\n".join(map(joined, [lines[0], rule, *lines[1:]]))
 
 
 def layer_table(figures: list[Figure], layer: str) -> str:
@@ -252,8 +228,6 @@ def markdown(
 ) -> str:
     """The whole of the study to read."""
     parts = [
-        "# What did shuffling cost?",
-        f"`{command}`",
         *paragraphs,
         "Times are of one epoch, medians over the repeats; **ours** in bold; ~ extrapolated from the samples that were "
         "timed. In order, Parquet files are timed over as many whole files as the time allowed.",
@@ -263,22 +237,10 @@ def markdown(
             parts += [f"## {title}", layer_table(figures, layer)]
         if layer == "layout":
             parts.append(layout_table(layouts))
-    facts = "\n".join(f"- {name}: {value}" for name, value in environment.items())
-    return "\n\n".join([*parts, facts]) + "\n"
+    return results.markdown("What did shuffling cost?", command, parts, environment)
 
 
-def write(folder: Path, record: dict[str, Any], text: str, figures: list[Figure], n: int) -> list[Path]:
-    """shuffle_<hardware>_<yyyymmdd>.json, .md and .png; files of the same day are replaced."""
-    folder.mkdir(parents=True, exist_ok=True)
-    date = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d")
-    path = folder / f"shuffle_{hardware_slug('cpu')}_{date}.json"
-    path.write_text(json.dumps(finite(record), indent=1) + "\n")
-    path.with_suffix(".md").write_text(text)
-    draw(path.with_suffix(".png"), figures, n)
-    return [path, path.with_suffix(".md"), path.with_suffix(".png")]
-
-
-def draw(path: Path, figures: list[Figure], n: int) -> None:
+def draw(figures: list[Figure], n: int) -> Canvas:
     """Bars of every layer at n events on a logarithmic scale, and the ladder with its ratios."""
     from matplotlib.figure import Figure as Canvas
 
@@ -314,4 +276,4 @@ def draw(path: Path, figures: list[Figure], n: int) -> None:
     axes[0].legend(loc="lower right", fontsize=8)
     axes[-1].set_xlabel("seconds of an epoch (hatched: extrapolated from a timed part)")
     canvas.suptitle(f"Shuffled against in order, {n:,} events", fontsize=11)
-    canvas.savefig(path, dpi=130)
+    return canvas
