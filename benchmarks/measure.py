@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -106,7 +106,7 @@ def status_bytes(name: str) -> float:
     return 1024.0 * int(line.split()[1])
 
 
-def rotations(contenders: list[Contender]) -> Iterator[list[Contender]]:
+def rotations(contenders: list[Any]) -> Iterator[list[Any]]:
     """The contenders again and again, each time another one first: none always runs in another's wake."""
     first = 0
     while True:

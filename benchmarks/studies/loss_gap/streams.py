@@ -1,0 +1,71 @@
+"""The seeded streams that the loss study trains on, under the schema `notes17`, and what is known of each."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from eventkern.data import EventStore, Schema
+from eventkern.data.baselines import Baselines, baselines
+from eventkern.data.prepare import prepare
+from eventkern.data.store import FORMAT_VERSION
+from eventkern.data.synthetic import WorkforceProcess, write_table
+from eventkern.data.synthetic_floor import known_floor
+
+SCHEMA = "notes17"
+STREAMS = {
+    "workforce": WorkforceProcess(),
+    "many_ids": WorkforceProcess(
+        num_actors=950, num_locations=950, num_residents=6, start="2024-10-01", num_days=50, strays=0.5
+    ),
+}
+"""The workforce stream, whose identifiers have 10 to 117 classes; and a town of 950 employees and sites."""
+
+CALENDAR = {"year": 50, "month": 12, "day": 31, "weekday": 7, "hour": 24, "minute": 60}
+"""Most values of a calendar field; of the year, more than any record of work spans."""
+
+
+def open_stream(name: str, folder: Path) -> EventStore:
+    """The store of a stream, made in `folder` where it is not there yet."""
+    process = STREAMS[name]
+    digest = hashlib.sha256(f"{process!r} {Schema.load(SCHEMA).to_dict()}".encode()).hexdigest()[:8]
+    path = folder / f"{name}-format{FORMAT_VERSION}-{digest}"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            table = write_table(Path(scratch) / "table.parquet", process)
+
+            def floor(store: EventStore) -> dict[int, list[float]]:
+                return {size: floors.tolist() for size, floors in known_floor(store, process).items()}
+
+            # The floor of many identifiers would take a probability for each of them and each label at once.
+            known = floor if name == "workforce" else None
+            prepare(table, Schema.load(SCHEMA), path, name=name, floor=known, progress=False, overwrite=True)
+    return EventStore.open(path)
+
+
+def references(store: EventStore, sizes: list[int]) -> dict[int, Baselines]:
+    """Marginal, first-order baseline and floor of the validation labels, by id_category_size."""
+    return {size: baselines(store, size) for size in sizes}
+
+
+def most_marginal(id_category_size: int) -> float:
+    """Most nats that the marginal entropies of the schema's categories can add up to, whatever the data.
+
+    A flag has two values, a calendar field those of the calendar, an identifier or a binned number all classes of its
+    category but padding; each may be missing, too.
+    """
+    total = 0.0
+    for category in Schema.load(SCHEMA).categories:
+        values = {"flag": 2, "time": CALENDAR.get(category.field or "", 0)}.get(category.kind, id_category_size - 2)
+        total += math.log(min(values + 1, id_category_size - 1))
+    return total
+
+
+def mean(values: object) -> float:
+    """Of an array's numbers."""
+    return float(np.mean(np.asarray(values)))
