@@ -69,7 +69,9 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(f"{len(wanted)} runs to play, about {minutes:.0f} minutes with {options.jobs} at a time")
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
     try:
-        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as progress:
+        with Progress(
+            *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True
+        ) as progress:
             play(runs, wanted, options.work_dir, options.jobs, progress)
         times_s = step_times(plan.bugs, options.work_dir, TIMED_ROUNDS, options.threads)
     except KeyboardInterrupt:

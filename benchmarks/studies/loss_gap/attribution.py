@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -60,7 +61,7 @@ def difference(after: Sequence[Run], before: Sequence[Run], measure: Measure) ->
 
 def contributions(rungs: Sequence[Sequence[Run]], measure: Measure) -> list[Estimate]:
     """What each step of a ladder adds; the means add up to the difference between its ends."""
-    return [difference(after, before, measure) for before, after in zip(rungs, rungs[1:], strict=False)]
+    return [difference(after, before, measure) for before, after in itertools.pairwise(rungs)]
 
 
 def first_below(curve: Sequence[float], level: float, window: int) -> int | None:
@@ -80,11 +81,13 @@ def parting(curves: Sequence[Sequence[float]], others: Sequence[Sequence[float]]
     length = len(curves[0])
     ends = [length * block // blocks for block in range(blocks + 1)]
     parted = None
-    for start, end in zip(ends, ends[1:], strict=False):
+    for start, end in itertools.pairwise(ends):
         if end == start:
             continue
         pairs = zip(curves, others, strict=True)
-        rise = Estimate.of([statistics.fmean(ours[start:end]) - statistics.fmean(theirs[start:end]) for ours, theirs in pairs])
+        rise = Estimate.of(
+            [statistics.fmean(ours[start:end]) - statistics.fmean(theirs[start:end]) for ours, theirs in pairs]
+        )
         if not rise.differs_from_zero:
             parted = None
         elif parted is None:

@@ -125,6 +125,8 @@ def play(runs: Runs, wanted: list[tuple[Setting, int]], folder: Path, jobs: int,
         KeyboardInterrupt: as it came; runs that had ended are kept.
         RuntimeError: a worker process died.
     """
+    for stream in {setting.stream for setting, _ in wanted}:
+        open_stream(stream, folder)  # made by this process alone
     task = progress.add_task("runs", total=sum(operations(setting) for setting, _ in wanted))
     if jobs == 1:
         before = torch.get_num_threads()
@@ -146,6 +148,8 @@ def play(runs: Runs, wanted: list[tuple[Setting, int]], folder: Path, jobs: int,
         raise RuntimeError("a worker process died (out of memory?); runs that had ended are kept") from error
     finally:
         workers.shutdown(wait=False, cancel_futures=True)
+        for worker in multiprocessing.active_children():  # else the interpreter waits for what they are at
+            worker.terminate()
 
 
 def begin_worker(threads: int) -> None:

@@ -7,10 +7,7 @@ import math
 import tempfile
 from pathlib import Path
 
-import numpy as np
-
 from eventkern.data import EventStore, Schema
-from eventkern.data.baselines import Baselines, baselines
 from eventkern.data.prepare import prepare
 from eventkern.data.store import FORMAT_VERSION
 from eventkern.data.synthetic import WorkforceProcess, write_table
@@ -48,11 +45,6 @@ def open_stream(name: str, folder: Path) -> EventStore:
     return EventStore.open(path)
 
 
-def references(store: EventStore, sizes: list[int]) -> dict[int, Baselines]:
-    """Marginal, first-order baseline and floor of the validation labels, by id_category_size."""
-    return {size: baselines(store, size) for size in sizes}
-
-
 def most_marginal(id_category_size: int) -> float:
     """Most nats that the marginal entropies of the schema's categories can add up to, whatever the data.
 
@@ -64,8 +56,3 @@ def most_marginal(id_category_size: int) -> float:
         values = {"flag": 2, "time": CALENDAR.get(category.field or "", 0)}.get(category.kind, id_category_size - 2)
         total += math.log(min(values + 1, id_category_size - 1))
     return total
-
-
-def mean(values: object) -> float:
-    """Of an array's numbers."""
-    return float(np.mean(np.asarray(values)))
