@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,9 @@ class Findings:
         start = "cpu_baseline as it is"
         self.forward = [rung(*pair) for pair in zip([start, *names], plan.forward, strict=True)]
         self.backward = [rung(*pair) for pair in zip([start, *names[::-1]], plan.backward, strict=True)]
+        large = plan.forward[-1]
+        on_gpu = [] if large.device == "cuda" else [replace(large, device="cuda")]
+        self.beyond = [rung("device cpu to cuda", setting) for setting in on_gpu if missing(setting)]
         self.suspects = {
             base: [rung(name, setting) for name, setting in settings.items()]
             for base, settings in plan.suspects.items()
@@ -182,7 +185,7 @@ class Findings:
             "seeds": list(self.plan.seeds),
             "gap": vars(self.gap),
             "shares": {name: [vars(each) for each in pair] for name, pair in self.shares().items()},
-            "forward": listed(self.forward),
+            "forward": listed([*self.forward, *self.beyond]),
             "backward": listed(self.backward),
             "suspects": {base: listed(rungs) for base, rungs in self.suspects.items()},
             "bugs": listed(self.bugs),

@@ -43,13 +43,13 @@ def waterfall(findings: Findings) -> Figure:
             colour = TOTAL if place == 0 else UP if rise > 0 else DOWN
             axis.barh(place, rise, left=before, color=colour)
             label = f"{reading.mean:.2f}" if place == 0 else f"{rise:+.1f}"
-            axis.annotate(label, (max(before, reading.mean), place), (4, 0), textcoords="offset points", va="center")
+            axis.annotate(label, (max(before, reading.mean), place), (14, 0), textcoords="offset points", va="center")
             if np.isfinite(reading.half_width):
                 axis.errorbar(reading.mean, place, xerr=reading.half_width, color="black", capsize=3)
         place = len(rungs)
         axis.barh(place, readings[-1].mean, color=TOTAL)
         axis.annotate(
-            f"{readings[-1].mean:.1f}", (readings[-1].mean, place), (4, 0), textcoords="offset points", va="center"
+            f"{readings[-1].mean:.1f}", (readings[-1].mean, place), (14, 0), textcoords="offset points", va="center"
         )
         axis.axvline(NOTED_GPU, color="grey", linestyle=":")
         axis.set_yticks(range(place + 1), [*(rung.name for rung in rungs), "gpu_optimized"], fontsize=8)
@@ -62,10 +62,13 @@ def waterfall(findings: Findings) -> Figure:
 
 def curves(findings: Findings) -> Figure:
     """Nats a category by step."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     canvas = Figure(figsize=(11, 5), layout="constrained")
     left, right = canvas.subplots(1, 2, sharey=True)
+    for axis in (left, right):
+        axis.set_prop_cycle(color=colormaps["tab20"].colors)
     for rung in findings.forward:
         line(left, rung)
     for rung in findings.large:

@@ -18,7 +18,7 @@ STILL = 0.02
 
 def tables(findings: Findings) -> list[str]:
     """All tables under their headings."""
-    parts = ["## The ladder, one factor more at a time", ladder_table(findings.forward)]
+    parts = ["## The ladder, one factor more at a time", ladder_table([*findings.forward, *findings.beyond])]
     parts += ["## The same factors in the other order", ladder_table(findings.backward)]
     parts += ["## What each factor carries", share_table(findings)]
     for base, rungs in findings.suspects.items():
@@ -42,7 +42,8 @@ def ladder_table(rungs: list[Rung]) -> str:
             lines.append((rung.name, rung.reason, *[""] * 5))
             continue
         nats, known = rung.nats.mean, rung.reference
-        relative = (f"{nats / known.guessing:.2f}", f"{nats - known.marginal:+.2f}", f"{nats - known.floor:+.2f}")
+        above_floor = "not known" if math.isnan(known.floor) else f"{nats - known.floor:+.2f}"
+        relative = (f"{nats / known.guessing:.2f}", f"{nats - known.marginal:+.2f}", above_floor)
         lines.append((rung.name, str(rung.reading), str(rung.nats), *relative, str(rung.validation)))
     return aligned(lines)
 
@@ -59,10 +60,9 @@ def share_table(findings: Findings) -> str:
 
 def suspect_table(findings: Findings, rungs: list[Rung]) -> str:
     """Suspects, their first and last losses, and the two categories that the notes tell of."""
-    ids = [f"{name} when the sum is nearest {NOTED_GPU}" for name in NOTED_IDS]
-    lines: list[tuple[str, ...]] = [
-        ("suspect", "first nats", "last nats", "against the base", "sum nearest 85.9 (in tenth)", *ids)
-    ]
+    ids = [f"{name} then" for name in NOTED_IDS]
+    head = ("suspect", "first nats", "last nats", "against the base", f"sum nearest {NOTED_GPU}, in tenth", *ids)
+    lines: list[tuple[str, ...]] = [head]
     for rung in rungs:
         if rung.reason:
             lines.append((rung.name, rung.reason, *[""] * (3 + len(ids))))
@@ -71,7 +71,7 @@ def suspect_table(findings: Findings, rungs: list[Rung]) -> str:
         told = [f"{value:.2f}" for value in findings.noted_ids(nats).values()]
         against = signed(findings.against_base(rung, rungs)) if rung.name != BASE else ""
         lines.append(
-            (rung.name, f"{rung.first:.2f}", str(rung.nats), against, f"{math.fsum(nats):.1f} ({tenth})", *told)
+            (rung.name, f"{rung.first:.2f}", str(rung.nats), against, f"{math.fsum(nats):.1f}, {tenth}", *told)
         )
     return aligned(lines)
 
