@@ -68,7 +68,7 @@ def curves(findings: Findings) -> Figure:
     canvas = Figure(figsize=(11, 5), layout="constrained")
     left, right = canvas.subplots(1, 2, sharey=True)
     for axis in (left, right):
-        axis.set_prop_cycle(color=colormaps["tab20"].colors)
+        axis.set_prop_cycle(color=[colormaps["tab20"](place) for place in range(20)])
     for rung in findings.forward:
         line(left, rung)
     for rung in findings.large:
