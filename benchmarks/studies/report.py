@@ -23,16 +23,19 @@ from typing import Any
 from urllib.parse import unquote
 
 from markdown_it import MarkdownIt
+from markdown_it.rules_core import StateCore
 from markdown_it.token import Token
 
 from benchmarks.environment import environment
 
 STUDIES = ("loss_gap", "throughput", "utilization", "shuffle", "roofline", "memory")
 NAME = re.compile(r"(?P<subject>[a-z0-9_]+)_(?P<hardware>[a-z0-9-]+)_(?P<date>\d{8})")
+KINDS = ("case", "part")
 MEDIA_TYPES = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg", ".webp": "image/webp"}
 LARGE_BYTES = 8_000_000
 NOT_RUN = re.compile(r"\bnot run\b", re.IGNORECASE)
-SENTENCE = re.compile(r".+?[.!?](?=\s+[^a-z]|$)", re.DOTALL)
+SENTENCE = re.compile(r".+?(?<!e\.g)(?<!i\.e)[.!?](?=\s+[^a-z]|$)", re.DOTALL)
+TABLE_OPEN = '<div class="scroll" role="region" aria-label="table" tabindex="0"><table>\n'
 # What the page may load: its own style, pictures out of itself, and nothing else.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
@@ -133,12 +136,17 @@ def read_result(path: Path) -> Result:
 def markdown_parser() -> MarkdownIt:
     """CommonMark and tables, which scroll in a box of their own; HTML in a text is shown as text."""
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
+    parser.core.ruler.push("names", keep_underscores)
     parser.add_render_rule("table_open", lambda *_: TABLE_OPEN)
     parser.add_render_rule("table_close", lambda *_: "</table></div>\n")
     return parser
 
 
-TABLE_OPEN = '<div class="scroll" role="region" aria-label="table" tabindex="0"><table>\n'
+def keep_underscores(state: StateCore) -> None:
+    """Underscores belong to names, such as __getitems__; asterisks alone emphasise."""
+    for token in every(state.tokens):
+        if token.type in {"em_open", "em_close", "strong_open", "strong_close"} and "_" in token.markup:
+            token.type, token.tag, token.nesting, token.content = "text", "", 0, token.markup
 
 
 def without_facts(text: str, record: dict[str, Any]) -> str:
@@ -188,15 +196,18 @@ def finding(result: Result) -> str:
         text = conclusion if isinstance(conclusion, str) else conclusion[0]
         sentence = SENTENCE.match(text)
         return markdown_parser().renderInline(sentence[0] if sentence else text)
-    counts = [f"{len(result.record[name])} {name}" for name in ("cases", "parts") if name in result.record]
-    return ", ".join(counts)
+    return ", ".join(counted(len(result.record[f"{kind}s"]), kind) for kind in KINDS if f"{kind}s" in result.record)
+
+
+def counted(count: int, kind: str) -> str:
+    return f"{count} {kind}{'' if count == 1 else 's'}"
 
 
 def waiting(result: Result, results: Sequence[Result]) -> str:
     """What of a result still wants a GPU."""
     words = []
     if result.num_not_run:
-        words.append(f"{result.num_not_run} row{'s' * (result.num_not_run > 1)} not run")
+        words.append(f"{counted(result.num_not_run, 'row')} not run")
     if not any(other.is_on_gpu for other in results if other.subject == result.subject):
         words.append("no result from a GPU")
     return ", ".join(words)
@@ -206,11 +217,10 @@ def hardware_text(result: Result) -> str:
     """A name of hardware in full."""
     facts = result.environment
     if result.is_on_gpu:
-        named = {"": facts.get("gpus"), "driver ": facts.get("driver"), "CUDA ": facts.get("cuda")}
+        named = {"gpus": "{}", "driver": "driver {}", "cuda": "CUDA {}"}
     else:
-        cores = f"{facts['cores']} cores" if "cores" in facts else None
-        named = {"": facts.get("cpu"), "with ": cores, "of ": facts.get("instruction_set")}
-    words = ", ".join(f"{label}{value}" for label, value in named.items() if value)
+        named = {"cpu": "{}", "cores": "{} cores", "instruction_set": "{}"}
+    words = ", ".join(form.format(facts[name]) for name, form in named.items() if name in facts)
     return f"<code>{result.hardware}</code>{f' ({escape(words)})' if words else ''}"
 
 
