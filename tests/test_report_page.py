@@ -182,7 +182,7 @@ def test_the_newest_of_each_hardware_studies_first(tmp_path: Path) -> None:
 
 
 def test_the_summary_says_what_was_found_and_what_waits(tmp_path: Path) -> None:
-    rows = "| device | s |\n| --- | --: |\n| cpu | 1 |\n| cuda | not run |\n| mps, not run | Not run |\n"
+    rows = "| device | s |\n| --- | --: |\n| cpu | 1 |\n| cuda | not run |\n| mps, not run | Not run |\n| all | 2 |\n"
     sentence = "It was **storage**, 1.5 times of v0.2, e.g. <files>."
     add(tmp_path, "shuffle_some-cpu-2c_20261124", rows, conclusion=[f"{sentence} More of it."])
     add(tmp_path, "sampler_some-cpu-2c_20261124", "Not run on a GPU.", cases=[{}, {}])
@@ -270,7 +270,6 @@ def show(name: str) -> Any:
         (show("../secret.png"), "shows ../secret.png; want"),
         (show("https://example.org/a.png"), "shows https://example.org/a.png; want"),
         (show("letter.txt"), "shows letter.txt; want"),
-        (lambda folder: (folder / "notes.json").write_text("{}"), "notes.json: want a name like"),
     ],
 )
 def test_a_mistake_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], mistake: Any, words: str) -> None:
@@ -281,6 +280,15 @@ def test_a_mistake_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     assert report.main(["--results", str(folder), "--out", str(tmp_path / "page.html")]) == 1
     assert words in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_file_that_is_no_result_is_left_out_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add(tmp_path, "sampler_some-cpu-2c_20261124")
+    (tmp_path / "throughput_some-cpu-2c.resume.json").write_text("half")
+    assert report.main(["--results", str(tmp_path), "--out", str(tmp_path / "page.html")]) == 0
+    seen = capsys.readouterr()
+    assert "throughput_some-cpu-2c.resume.json: not named" in seen.err
+    assert "1 result," in seen.out
 
 
 def test_a_large_page_is_told_and_not_shrunk(

@@ -29,7 +29,7 @@ from markdown_it.token import Token
 from benchmarks.environment import environment
 
 STUDIES = ("loss_gap", "throughput", "utilization", "shuffle", "roofline", "memory")
-NAME = re.compile(r"(?P<subject>[a-z0-9_]+)_(?P<hardware>[a-z0-9-]+)_(?P<date>\d{8})")
+NAME = re.compile(r"(?P<subject>[a-z0-9_]+)_(?P<hardware>[a-z0-9-]+)_(?P<year>\d{4})(?P<month>\d\d)(?P<day>\d\d)")
 KINDS = ("case", "part")
 MEDIA_TYPES = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg", ".webp": "image/webp"}
 LARGE_BYTES = 8_000_000
@@ -84,16 +84,14 @@ def read_results(folder: Path) -> list[Result]:
 
     Raises:
         FileNotFoundError: no such folder, no results in it, a record without its text, or a picture that is missing.
-        ValueError: a record that is no JSON object with an environment, or a file that is named otherwise.
+        ValueError: a record that is no JSON object with an environment.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder of results at {folder}")
     newest: dict[tuple[str, str], Path] = {}
     for path in sorted(folder.glob("*.json"), key=lambda path: path.stem[-8:]):
-        name = NAME.fullmatch(path.stem)
-        if name is None:
-            raise ValueError(f"{path}: want a name like <subject>_<hardware>_<yyyymmdd>.json")
-        newest[name["subject"], name["hardware"]] = path
+        if name := NAME.fullmatch(path.stem):
+            newest[name["subject"], name["hardware"]] = path
     if not newest:
         raise FileNotFoundError(f"no results (<subject>_<hardware>_<yyyymmdd>.json) in {folder}")
     return sorted((read_result(path) for path in newest.values()), key=lambda result: result.rank)
@@ -112,7 +110,8 @@ def read_result(path: Path) -> Result:
     text_path = path.with_suffix(".md")
     if not text_path.is_file():
         raise FileNotFoundError(f"{path} has no text beside it: {text_path.name} is missing")
-    tokens = markdown_parser().parse(without_facts(text_path.read_text(encoding="utf-8"), record))
+    parser = markdown_parser()
+    tokens = parser.parse(without_facts(text_path.read_text(encoding="utf-8"), record))
     title = name["subject"]
     if tokens and tokens[0].tag == "h1":
         title, tokens = tokens[1].content, tokens[3:]
@@ -121,11 +120,10 @@ def read_result(path: Path) -> Result:
             token.tag = f"h{min(int(token.tag[1]) + 2, 6)}"
         elif token.type == "image":
             token.attrSet("src", picture(text_path, unquote(str(token.attrs["src"]))))
-    parser = markdown_parser()
     return Result(
         subject=name["subject"],
         hardware=name["hardware"],
-        date=datetime.datetime.strptime(name["date"], "%Y%m%d").date().isoformat(),
+        date="-".join(name.group("year", "month", "day")),
         record=record,
         title=title,
         body=parser.renderer.render(tokens, parser.options, {}),
@@ -178,14 +176,13 @@ def picture(text_path: Path, name: str) -> str:
 def count_not_run(tokens: Sequence[Token]) -> int:
     """Rows of tables that say "not run"."""
     count, says_so = 0, False
-    in_row = False
     for token in tokens:
         if token.type == "tr_open":
-            in_row, says_so = True, False
-        elif token.type == "tr_close":
-            in_row, count = False, count + says_so
-        elif in_row and token.type == "inline":
+            says_so = False
+        elif token.type == "inline":
             says_so = says_so or NOT_RUN.search(token.content) is not None
+        elif token.type == "tr_close":
+            count += says_so
     return count
 
 
@@ -203,8 +200,8 @@ def counted(count: int, kind: str) -> str:
     return f"{count} {kind}{'' if count == 1 else 's'}"
 
 
-def waiting(result: Result, results: Sequence[Result]) -> str:
-    """What of a result still wants a GPU."""
+def still_to_run(result: Result, results: Sequence[Result]) -> str:
+    """Rows that say so, and whether a GPU has seen the subject."""
     words = []
     if result.num_not_run:
         words.append(f"{counted(result.num_not_run, 'row')} not run")
@@ -226,14 +223,14 @@ def hardware_text(result: Result) -> str:
 
 def summary(results: Sequence[Result]) -> str:
     """One line for each result."""
-    head = ("subject", "hardware", "date", "commit", "waits for a GPU", "found")
+    head = ("subject", "hardware", "date", "commit", "still to run", "found")
     lines = [
         (
             f'<a href="#{result.anchor}">{result.subject}</a>',
             result.hardware,
             result.date,
             f"<code>{escape(result.commit)}</code>",
-            waiting(result, results),
+            still_to_run(result, results),
             finding(result),
         )
         for result in results
@@ -333,8 +330,11 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    for path in sorted(options.results.glob("*.json")):
+        if not NAME.fullmatch(path.stem):
+            print(f"left out {path}: not named <subject>_<hardware>_<yyyymmdd>.json", file=sys.stderr)
     num_bytes = len(text.encode())
-    print(f"wrote {options.out}: {len(results)} results, {num_bytes / 1e6:.1f} MB")
+    print(f"wrote {options.out}: {counted(len(results), 'result')}, {num_bytes / 1e6:.1f} MB")
     if num_bytes > LARGE_BYTES:
         pictures = sum(map(len, re.findall(r'src="data:[^"]*"', text)))
         print(
