@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -33,6 +33,8 @@ NAME = re.compile(r"(?P<subject>[a-z0-9_]+)_(?P<hardware>[a-z0-9-]+)_(?P<year>\d
 KINDS = ("case", "part")
 MEDIA_TYPES = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg", ".webp": "image/webp"}
 LARGE_BYTES = 8_000_000
+SHORT_LENGTH = 12
+"""Characters of a cell that stays on one line: a number and its unit do, a reason may not."""
 NOT_RUN = re.compile(r"\bnot run\b", re.IGNORECASE)
 SENTENCE = re.compile(r".+?(?<!e\.g)(?<!i\.e)[.!?](?=\s+[^a-z]|$)", re.DOTALL)
 TABLE_OPEN = '<div class="scroll" role="region" aria-label="table" tabindex="0"><table>\n'
@@ -115,6 +117,9 @@ def read_result(path: Path) -> Result:
     title = name["subject"]
     if tokens and tokens[0].tag == "h1":
         title, tokens = tokens[1].content, tokens[3:]
+    for cell, content in pairwise(tokens):
+        if cell.type == "td_open" and len(content.content) <= SHORT_LENGTH:
+            cell.attrSet("class", "short")
     for token in every(tokens):
         if token.type in {"heading_open", "heading_close"}:
             token.tag = f"h{min(int(token.tag[1]) + 2, 6)}"
