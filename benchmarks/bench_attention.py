@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import work
 from benchmarks.measure import Compare, Contender
 from benchmarks.peers import ATTENTION, Attend
 from eventkern.ops import attention
-from profiling.roofline import Work
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Batch, heads, queries, keys, head dim, is_causal. Names say what has this shape in the configurations that ship.
@@ -43,19 +43,6 @@ class Call:
         """The gradients of query, key and value."""
         output = self.attend(*self.leaves, is_causal=self.is_causal)
         return list(torch.autograd.grad(output, self.leaves, self.upstream))
-
-
-def count_work(case: tuple[int, int, int, int, int, bool], itemsize: int, is_backward: bool) -> Work:
-    """Two products forward and four backward, of the scores that are seen; scores computed again are not counted."""
-    batch_size, num_heads, num_queries, num_keys, head_dim, is_causal = case
-    num_scores = num_queries * (num_queries + 1) // 2 if is_causal else num_queries * num_keys
-    num_products = 6 if is_backward else 2
-    num_rows = 2 * (num_queries + num_keys) * (2 if is_backward else 1)
-    return Work(
-        operations=2.0 * num_products * head_dim * num_scores * batch_size * num_heads,
-        bytes=batch_size * num_heads * num_rows * head_dim * itemsize,
-        events=batch_size * num_queries,
-    )
 
 
 @pytest.mark.parametrize("is_backward", [False, True], ids=["forward", "forward+backward"])
@@ -98,11 +85,11 @@ def test_attention(
             assert error < tolerance, f"{contender} differs by {error:.1e}"
 
     contenders = [Contender(name, partial(timed, call), name == "eventkern") for name, call in calls.items()]
-    work = "forward+backward" if is_backward else "forward"
+    passes = "forward+backward" if is_backward else "forward"
     compare(
-        f"{work} {name} {batch_size}x{num_heads}x{num_queries}x{num_keys} H {head_dim} {precision} {device_name}",
+        f"{passes} {name} {batch_size}x{num_heads}x{num_queries}x{num_keys} H {head_dim} {precision} {device_name}",
         contenders,
-        count_work(CASES[name], dtype.itemsize, is_backward),
+        work.attention(CASES[name], dtype.itemsize, is_backward),
         device=device,
         dtype=dtype,
     )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks import work
 from benchmarks.loader_peers import ROW_BATCHES, RowEpochs, store_batches
 from benchmarks.measure import Compare, Contender
 from benchmarks.studies.shuffle_data import make_store
@@ -29,7 +30,6 @@ WINDOWS = {"flights": (20, 20, 32), "gpu_optimized": (200, 300, 8)}
 """src_seq_len, tgt_seq_len, batch_size of the configurations."""
 NUM_WINDOW_BATCHES = 500
 ID_CATEGORY_SIZE = 1000
-OUT_BYTES = 4
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +61,9 @@ def test_epoch_of_rows(shuffle: bool, store: EventStore, compare: Compare, is_fu
         Contender(name, partial(whole_epoch, epochs), name == "eventkern", is_part=not shuffle and "randperm" in name)
         for name, epochs in ways.items()
     ]
-    num_bytes = num_rows * held.shape[1] * (store.codes.itemsize + OUT_BYTES)
-    work = Work(operations=0.0, bytes=num_bytes, events=num_rows)
+    counted = work.gather(num_rows, held.shape[1], store.codes.itemsize)
     case = f"rows, {'shuffled' if shuffle else 'in order'}, n {num_rows:,} batch {BATCH_SIZE:,}"
-    compare(case, contenders, work, device=CPU, dtype=torch.int32)
+    compare(case, contenders, counted, device=CPU, dtype=torch.int32)
 
 
 class PlainWindows(Dataset[tuple[Tensor, Tensor]]):
@@ -127,8 +126,7 @@ def window_work(store: EventStore, shapes: str) -> Work:
     """Codes read and ids written; an event of a window is one event."""
     src_seq_len, tgt_seq_len, batch_size = WINDOWS[shapes]
     num_rows = NUM_WINDOW_BATCHES * batch_size * (len(store.schema.streams) * src_seq_len + tgt_seq_len + 1)
-    num_bytes = num_rows * len(store.class_sizes) * (store.codes.itemsize + OUT_BYTES)
-    return Work(operations=0.0, bytes=num_bytes, events=num_rows)
+    return work.gather(num_rows, len(store.class_sizes), store.codes.itemsize)
 
 
 def window_case(store: EventStore, shapes: str) -> str:
@@ -152,8 +150,8 @@ def test_windows_against_the_plain_way(shapes: str, store: EventStore, compare: 
         ),
         Contender("DataLoader, numpy item by item", partial(some_batches, plain)),
     ]
-    work = window_work(store, shapes)
-    compare(f"{window_case(store, shapes)}, shuffled", contenders, work, device=CPU, dtype=torch.int32)
+    counted = window_work(store, shapes)
+    compare(f"{window_case(store, shapes)}, shuffled", contenders, counted, device=CPU, dtype=torch.int32)
 
 
 @pytest.mark.parametrize("shapes", WINDOWS)
@@ -178,6 +176,6 @@ def test_windows_on_cuda(shapes: str, store: EventStore, compare: Compare) -> No
         Contender("eventkern, resident", partial(some_batches, resident), True),
         Contender("eventkern, gathered on the host", partial(some_batches, copied)),
     ]
-    work = window_work(store, shapes)
+    counted = window_work(store, shapes)
     case = f"{window_case(store, shapes)}, shuffled, cuda"
-    compare(case, contenders, work, device=torch.device("cuda"), dtype=torch.int32)
+    compare(case, contenders, counted, device=torch.device("cuda"), dtype=torch.int32)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks import work
 from benchmarks.measure import Compare, Contender
 from benchmarks.peers import MULTI_EMBEDDING
 from eventkern.nn import MultiEmbedding
-from profiling.roofline import Work
 
 NUM_TABLES = 17
 MIXED = (2, 7, 12, 24, 31, 60, 366, 1000, 50_000)
@@ -23,8 +23,6 @@ QUICK = {
     "cpu": {(2_400, "1000", 64, "fp32"), (65_536, "1000", 64, "fp32"), (65_536, "mixed", 64, "fp32")},
     "cuda": {(1_048_576, tables, dim, "bf16") for tables in ("1000", "mixed") for dim in (64, 256)},
 }
-CACHE_BYTES = 32 << 20
-"""A table of at most this size is counted as read from a cache, a larger one as read from memory."""
 
 
 class Lookup:
@@ -51,24 +49,6 @@ class Lookup:
         )
         self.module.zero_grad()
         return gradient
-
-
-def count_work(num_events: int, sizes: tuple[int, ...], dim: int, dtype: torch.dtype, is_backward: bool) -> Work:
-    """Ids and rows read, output written; backward: upstream read, gradient written, float32 sums read and written."""
-    num_bytes = num_events * (4 * len(sizes) + dim * dtype.itemsize)
-    row_bytes = dim * dtype.itemsize
-    if is_backward:
-        num_bytes += num_events * dim * dtype.itemsize + sum(sizes) * dim * dtype.itemsize
-        row_bytes += 2 * 4 * dim
-    cached = [size for size in sizes if size * dim * dtype.itemsize <= CACHE_BYTES]
-    num_uncached = len(sizes) - len(cached)
-    return Work(
-        operations=0.0,
-        bytes=num_bytes + num_events * num_uncached * row_bytes,
-        events=num_events,
-        cache_bytes=num_events * len(cached) * row_bytes,
-        cache_size=sum(cached) * dim * dtype.itemsize,
-    )
 
 
 @pytest.mark.filterwarnings("ignore:fbgemm:UserWarning")  # its gradients are compared with ours below
@@ -120,11 +100,11 @@ def test_multi_embedding(
     if is_backward:
         zeros = partial(torch.zeros, module.weight.shape, dtype=dtype, device=device)
         contenders.append(Contender("zeros of the gradient alone", zeros, is_part=True))
-    work = "forward+backward" if is_backward else "forward"
+    passes = "forward+backward" if is_backward else "forward"
     compare(
-        f"{work} N {num_events:,} V {tables} D {dim} {precision} {device_name}",
+        f"{passes} N {num_events:,} V {tables} D {dim} {precision} {device_name}",
         contenders,
-        count_work(num_events, sizes, dim, dtype, is_backward),
+        work.multi_embedding(num_events, sizes, dim, dtype, is_backward),
         device=device,
         dtype=dtype,
     )

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks import work
 from benchmarks.measure import Compare, Contender
 from benchmarks.peers import MULTI_HEAD_CROSS_ENTROPY
 from eventkern.nn import MultiHeadCrossEntropy
 from eventkern.ops.multi_head_cross_entropy import cpu
-from profiling.roofline import Work
 
 HEADS = {
     "17x1000": (1000,) * 17,
@@ -138,9 +138,10 @@ def test_multi_head_cross_entropy(
     )
     logits = torch.linspace(-20.0, 0.0, 1 << 16 if device_name == "cpu" else 1 << 22, device=device)
     contenders.append(Contender("exponentials alone", partial(exponentials, logits, num_logits), is_part=True))
-    work = Work(
-        operations=6.0 * num_logits * dim,
-        bytes=3 * (hidden.nbytes + module.weight.nbytes) + targets.nbytes,
-        events=num_rows,
+    compare(
+        f"N {num_rows:,} {heads} D {dim} {precision} {device_name}",
+        contenders,
+        work.multi_head_cross_entropy(num_rows, sizes, dim, dtype, targets.itemsize, is_backward=True),
+        device=device,
+        dtype=dtype,
     )
-    compare(f"N {num_rows:,} {heads} D {dim} {precision} {device_name}", contenders, work, device=device, dtype=dtype)

@@ -7,24 +7,18 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import work
 from benchmarks.loader_peers import INDEX_BATCHES, IndexEpochs, sampler_indices
 from benchmarks.measure import Compare, Contender
 from eventkern.data import IndexSampler, permutation
-from profiling.roofline import Work
 
 BATCH_SIZE = 1024
 NUM_SAMPLES = 900_000
 HUGE = 10**12
-INDEX_BYTES = 8
 SIZES = {"1,000": 1_000, "2^20": 1 << 20, "900,000": 900_000, "2^23+1": (1 << 23) + 1, "2^33+1": (1 << 33) + 1}
 """Sizes of the range. No value walks at a power of two; half of them do just above one."""
 LARGEST_RANDPERM = 1 << 24
 CPU = torch.device("cpu")
-
-
-def indices(num_indices: int) -> Work:
-    """The indices written, once."""
-    return Work(operations=0.0, bytes=INDEX_BYTES * num_indices, events=num_indices)
 
 
 def first_batch(epochs: IndexEpochs) -> object:
@@ -44,13 +38,13 @@ def test_first_batch(compare: Compare) -> None:
         )
         for peer in INDEX_BATCHES
     ]
-    compare(f"first batch n {NUM_SAMPLES:,}", contenders, indices(BATCH_SIZE), device=CPU, dtype=torch.int64)
+    compare(f"first batch n {NUM_SAMPLES:,}", contenders, work.permutation(BATCH_SIZE), device=CPU, dtype=torch.int64)
 
 
 def test_first_batch_of_a_range_that_no_other_holds(compare: Compare) -> None:
     ours = partial(first_batch, sampler_indices(HUGE, BATCH_SIZE, shuffle=True, seed=0))
     contenders = [Contender("eventkern IndexSampler", ours, True)]
-    compare(f"first batch n {HUGE:,}", contenders, indices(BATCH_SIZE), device=CPU, dtype=torch.int64)
+    compare(f"first batch n {HUGE:,}", contenders, work.permutation(BATCH_SIZE), device=CPU, dtype=torch.int64)
 
 
 def test_epoch_of_batches(compare: Compare, has_slow_starters: bool) -> None:
@@ -63,7 +57,7 @@ def test_epoch_of_batches(compare: Compare, has_slow_starters: bool) -> None:
         assert np.array_equal(np.sort(order), np.arange(NUM_SAMPLES)), f"{peer.name} is no permutation"
         contenders.append(Contender(peer.name, partial(whole_epoch, epochs), peer.build is sampler_indices))
     case = f"epoch n {NUM_SAMPLES:,} batch {BATCH_SIZE:,}, {torch.get_num_threads()} threads"
-    compare(case, contenders, indices(NUM_SAMPLES), device=CPU, dtype=torch.int64)
+    compare(case, contenders, work.permutation(NUM_SAMPLES), device=CPU, dtype=torch.int64)
 
 
 @pytest.fixture
@@ -84,7 +78,7 @@ def test_indices_on_one_thread(size: str, compare: Compare) -> None:
     if n <= LARGEST_RANDPERM:  # it makes all of them or none
         contenders.append(Contender(f"torch.randperm({n:,})", partial(torch.randperm, n), is_part=n > num_indices))
     case = f"{num_indices:,} of n {size}, 1 thread"
-    compare(case, contenders, indices(num_indices), device=CPU, dtype=torch.int64)
+    compare(case, contenders, work.permutation(num_indices), device=CPU, dtype=torch.int64)
 
 
 def test_seek(compare: Compare) -> None:
@@ -100,7 +94,7 @@ def test_seek(compare: Compare) -> None:
         Contender("eventkern, from the middle", partial(batches_from, NUM_SAMPLES // 2), True),
         Contender("eventkern, from the start", partial(batches_from, 0)),
     ]
-    compare(f"8 batches n {NUM_SAMPLES:,}", contenders, indices(8 * BATCH_SIZE), device=CPU, dtype=torch.int64)
+    compare(f"8 batches n {NUM_SAMPLES:,}", contenders, work.permutation(8 * BATCH_SIZE), device=CPU, dtype=torch.int64)
 
 
 @pytest.mark.gpu
@@ -115,4 +109,6 @@ def test_indices_on_cuda(size: str, compare: Compare) -> None:
     ]
     if n <= LARGEST_RANDPERM:
         contenders.append(Contender("torch.randperm", partial(torch.randperm, n, device=device)))
-    compare(f"{num_indices:,} of n {size} cuda", contenders, indices(num_indices), device=device, dtype=torch.int64)
+    compare(
+        f"{num_indices:,} of n {size} cuda", contenders, work.permutation(num_indices), device=device, dtype=torch.int64
+    )

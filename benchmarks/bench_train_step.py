@@ -1,6 +1,7 @@
 """A training step of the event transformer: forward, backward, clipping, AdamW, on one micro-batch of random events."""
 
 import copy
+import dataclasses
 from functools import partial
 
 import pytest
@@ -39,6 +40,26 @@ def test_train_step(device_name: str, config: str, precision: str, compare: Comp
     contenders = [Contender(name, partial(step, batch), name.startswith("eventkern")) for name, step in steps.items()]
     work = step_work(model, batch)
     compare(f"{config} {precision} {device_name}", contenders, work, device=device, dtype=dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch_size", [8, 32, 128, 512, 2048])
+def test_train_step_by_batch(batch_size: int, compare: Compare, has_slow_starters: bool) -> None:
+    """gpu_optimized in bf16: from some batch on the cost of an event stays the same, or memory ends."""
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    shapes = dataclasses.replace(Shapes.load("gpu_optimized.json"), batch_size=batch_size)
+    batch = random_batch(shapes, device)
+    torch.manual_seed(0)
+    model = EventTransformer(shapes.model).to(device)
+    steps = {"eventkern": TrainingStep(copy.deepcopy(model), dtype)}
+    if has_slow_starters:
+        steps["eventkern compiled"] = TrainingStep(compiled(copy.deepcopy(model), device), dtype)
+    contenders = [Contender(name, partial(step, batch), is_ours=True) for name, step in steps.items()]
+    try:
+        compare(f"batch {batch_size:,} bf16 cuda", contenders, step_work(model, batch), device=device, dtype=dtype)
+    except torch.OutOfMemoryError:
+        free, total = torch.cuda.mem_get_info(device)
+        pytest.skip(f"out of memory at batch {batch_size:,}: {free / 2**30:.1f} of {total / 2**30:.1f} GiB were left")
 
 
 def compiled(model: EventTransformer, device: torch.device) -> EventTransformer:

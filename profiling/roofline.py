@@ -1,11 +1,16 @@
 """The machine's own ceilings, and the least time that counted work can take under them.
 
-    python -m profiling.roofline [--device cpu]
+    python -m profiling.roofline [--device cpu|cuda] [--quick] [--out benchmarks/results]
 
-prints copy bandwidth, matrix-product rates and, for each, the operations per byte above which arithmetic is the bound.
+measures the ceilings, then every op and the training steps under them (profiling/roofline_cases.py), and prints a
+table; with `--out` it leaves the table, the record and a picture there (profiling/roofline_report.py). A minute, with
+`--quick` a third of that.
+
+Source:
+    Williams, Waterman and Patterson, 2009 (Roofline: an insightful visual performance model).
 """
 
-import argparse
+import sys
 from dataclasses import dataclass, field
 
 import torch
@@ -40,6 +45,17 @@ class Ceilings:
     measured_bandwidth: float | None = None
     measured_rates: dict[torch.dtype, float] = field(default_factory=dict)
     measured_reads: dict[int, float] = field(default_factory=dict)
+
+    @classmethod
+    def highest(cls, measured: "list[Ceilings]") -> "Ceilings":
+        """Of several measurements of one device: a ceiling is what it reaches undisturbed."""
+        rates: dict[torch.dtype, float] = {}
+        reads: dict[int, float] = {}
+        for each in measured:
+            rates |= {dtype: max(rate, rates.get(dtype, 0.0)) for dtype, rate in each.measured_rates.items()}
+            reads |= {size: max(rate, reads.get(size, 0.0)) for size, rate in each.measured_reads.items()}
+        copies = [each.measured_bandwidth for each in measured if each.measured_bandwidth is not None]
+        return cls(measured[0].device, max(copies, default=None), rates, reads)
 
     def bandwidth(self) -> float:
         """Bytes per second of a large copy, read and written."""
@@ -89,16 +105,7 @@ class Ceilings:
         }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="measure what the machine can reach")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    ceilings = Ceilings(torch.device(parser.parse_args().device))
-    print(f"{ceilings.device}: copy {ceilings.bandwidth() / 1e9:.1f} GB/s, read and written")
-    for dtype in (torch.float32, torch.bfloat16):
-        rate = ceilings.rate(dtype)
-        ridge = rate / ceilings.bandwidth()
-        print(f"{dtype}: gemm {rate / 1e9:,.0f} GFLOP/s; arithmetic bounds above {ridge:.0f} operations a byte")
-
-
 if __name__ == "__main__":
-    main()
+    from profiling.roofline_report import main
+
+    sys.exit(main())
