@@ -87,17 +87,24 @@ def peak_extra_bytes(run: Run, device: torch.device) -> float:
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
-    if not sys.platform.startswith("linux"):
-        return float("nan")
-    try:
-        # Blocks that the heap kept from earlier calls would hide what this call needs.
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-    except (AttributeError, OSError):
+    if not reset_peak_resident():
         return float("nan")
     before = status_bytes("VmRSS")
     run()
     return max(0.0, status_bytes("VmHWM") - before)
+
+
+def reset_peak_resident() -> bool:
+    """Let the peak of the resident set begin anew; False where the system does not tell it."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        # Blocks that the heap kept from earlier calls would hide what the next call needs.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (AttributeError, OSError):
+        return False
+    return True
 
 
 def status_bytes(name: str) -> float:
