@@ -1,17 +1,20 @@
-"""Where a training step's time goes, by operator and by phase.
+"""Where a training step's time goes, by phase, by operator, and by operator within each phase.
 
     python -m profiling.trace --config cpu_baseline.json --steps 5 --out DIR
 
-writes a Chrome trace (open it at https://ui.perfetto.dev) and two tables, and prints the tables; on a GPU also the
-launches of a step and how much of it the GPU was busy, from steps that wait for nothing. With `--store` the
-events come from a prepared store through the loader, else they are drawn at random. With `--nvtx` nothing is recorded:
-the steps run with NVTX ranges inside a capture range, for Nsight Systems (profiling/nsys.sh).
+writes a Chrome trace (open it at https://ui.perfetto.dev) and the tables, and prints these; on a GPU also the launches
+of a step and how much of it the GPU was busy, from steps that wait for nothing. With `--store` the events come from a
+prepared store through the loader, else they are drawn at random. A phase is an NVTX range and a recorded range of one
+name: `data`, `forward`, `backward`, `optimizer`. With `--nvtx` nothing is recorded: the steps run inside a capture
+range, for Nsight Systems (profiling/nsys.sh).
 """
 
 import argparse
 import contextlib
 import itertools
 import math
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,6 +35,10 @@ from eventkern.models.event_transformer import EventBatchLike
 
 PHASES = ("data", "forward", "backward", "optimizer")
 NUM_WARM_UP_STEPS = 3
+DOMAIN = "eventkern"
+"""Of NVTX ranges, as the trainer has it."""
+NUM_OPERATORS = 8
+"""Of each phase, in the table."""
 LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
 
 
@@ -57,14 +64,13 @@ def main(arguments: list[str] | None = None) -> None:
     if options.compile != "off":
         model.compile(fullgraph=True, mode=None if options.compile == "on" else options.compile)
     autocast = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.precision]
-    name_range: NameRange = partial(phase, device)
-    if options.nvtx:
-        name_range = partial(nvtx.annotate, domain="eventkern")
+    name_range: NameRange = partial(phase, device, waits=not options.nvtx)
     step = TrainingStep(model, autocast, name_range=name_range)
 
     run_steps(step, batches, NUM_WARM_UP_STEPS)
     if options.nvtx:
-        with capture_range(device):
+        # A backward in a thread of its own would launch its kernels outside of the caller's range.
+        with capture_range(device), torch.autograd.set_multithreading_enabled(False):
             run_steps(step, batches, options.steps)
         return
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
@@ -73,7 +79,11 @@ def main(arguments: list[str] | None = None) -> None:
         synchronize(device)
     options.out.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(options.out / "trace.json.gz"))
-    tables = {"phases": phase_table(profiler, options.steps), "operators": operator_table(profiler, device)}
+    tables = {
+        "phases": phase_table(profiler, options.steps),
+        "operators": operator_table(profiler, device),
+        "operators_by_phase": operators_by_phase_table(profiler, device, options.steps),
+    }
     if device.type == "cuda":
         unwaiting = TrainingStep(model, autocast)
         run_steps(unwaiting, batches, NUM_WARM_UP_STEPS)
@@ -129,11 +139,12 @@ def run_steps(step: TrainingStep, batches: Iterator[EventBatchLike], num_steps: 
 
 
 @contextmanager
-def phase(device: torch.device, name: str) -> Iterator[None]:
-    """A recorded range that waits for the device at its end, so that a phase holds its own kernels' time."""
-    with torch.profiler.record_function(name):
+def phase(device: torch.device, name: str, *, waits: bool) -> Iterator[None]:
+    """An NVTX range and a recorded range; one that waits for the device at its end holds its own kernels' time."""
+    with nvtx.annotate(name, domain=DOMAIN), torch.profiler.record_function(name):
         yield
-        synchronize(device)
+        if waits:
+            synchronize(device)
 
 
 @contextmanager
@@ -175,6 +186,36 @@ def busy(intervals: list[tuple[float, float]]) -> tuple[float, float]:
         covered += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return covered, max(0.0, reached - first)
+
+
+def operators_by_phase_table(profiler: profile, device: torch.device, num_steps: int) -> str:
+    """The operators of each phase by their own time on the device: milliseconds and calls a step, share of the phase.
+
+    An operator is of the phase in whose time it began, on whichever thread.
+    """
+    events = [event for event in profiler.events() or [] if event.device_type == DeviceType.CPU]
+    phases = sorted(
+        (event.time_range.start, event.time_range.end, event.name) for event in events if event.name in PHASES
+    )
+    times_us: dict[str, Counter[str]] = {name: Counter() for name in PHASES}
+    calls: Counter[tuple[str, str]] = Counter()
+    for event in events:
+        place = bisect_right(phases, (event.time_range.start, math.inf, "")) - 1
+        if event.name in PHASES or place < 0 or event.time_range.start > phases[place][1]:
+            continue
+        name = phases[place][2]
+        is_on_cpu = device.type != "cuda"
+        times_us[name][event.name] += event.self_cpu_time_total if is_on_cpu else event.self_device_time_total
+        calls[name, event.name] += 1
+    lines = [f"{'phase':<10} {'operator':<48} {'ms':>10} {'calls':>8} {'%':>6}"]
+    for name in PHASES:
+        total_us = max(sum(times_us[name].values()), 1e-9)
+        for operator, time_us in times_us[name].most_common(NUM_OPERATORS):
+            num_calls = calls[name, operator] / num_steps
+            share = 100 * time_us / total_us
+            milliseconds = time_us / 1e3 / num_steps
+            lines.append(f"{name:<10} {operator[:48]:<48} {milliseconds:10.3f} {num_calls:8.1f} {share:6.1f}")
+    return "\n".join(lines)
 
 
 def operator_table(profiler: profile, device: torch.device) -> str:
