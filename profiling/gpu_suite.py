@@ -1,10 +1,11 @@
 """Everything a GPU must show, in one command, on a machine that may have no network.
 
-    python -m profiling.gpu_suite [--out benchmarks/results] [--minutes 9] [--wheels FOLDER] [--commit HASH] [--dry-run]
+    python -m profiling.gpu_suite [--out FOLDER] [--minutes 9.5] [--wheels FOLDER] [--commit HASH] [--dry-run]
 
-builds the extension for the card at hand, runs the tests marked `gpu` or `triton`, the GPU benchmarks, a trace
-and the roofline, each as a process of its own under its own time limit. What fails or runs out of time is recorded, and
-the rest goes on.
+builds the extension for the card at hand, runs the tests marked `gpu` or `triton`, the GPU benchmarks, traces, the
+roofline, a step's memory and the quick form of the studies, the most telling first, each as a process of its own under
+its own time limit; what a part leaves of its time is for those after it. What fails or runs out of time is recorded,
+and the rest goes on.
 Writes gpu_suite_<card>_<yyyymmdd>.{json,md}. Exit status: 0 all passed, 1 something did not, 3 no GPU.
 """
 
@@ -34,7 +35,7 @@ TAIL_CHARACTERS = 6000
 
 @dataclass(frozen=True)
 class Part:
-    """A command of the suite and the seconds it may take."""
+    """A command of the suite and the seconds it may take, beyond what those before it left."""
 
     name: str
     command: tuple[str, ...]
@@ -58,18 +59,23 @@ def parts(out: Path, *, architecture: str, wheels: Path | None = None, site: Pat
     listed: list[Part] = []
     if wheels is not None:
         files = sorted(str(path) for path in wheels.glob("*.whl"))
-        listed.append(Part("wheels", (*pip, "--target", str(site), *files), 60))
+        listed.append(Part("wheels", (*pip, "--target", str(site), *files), 20))
     build = ("--no-build-isolation", "-C", f"cmake.define.CMAKE_CUDA_ARCHITECTURES={architecture}-real", "-e", ".")
     bench = (*pytest, "benchmarks", "--benchmark-only", "-m", "gpu", "--results-dir", str(out))
     trace = ("profiling.trace", "--config", "gpu_optimized.json", "--precision", "bf16", "--out")
+    quick = ("--quick", "--device", "cuda", "--out", str(out))
     return [
         *listed,
-        Part("build", (*pip, *build), 180),
-        Part("tests", (*pytest, "-q", "-m", "gpu or triton"), 240),
-        Part("benchmarks", bench, 240),
-        Part("trace", (*python, *trace, str(out / "trace")), 60),
-        Part("graphs", (*python, *trace, str(out / "graphs"), "--compile", "reduce-overhead"), 90),
-        Part("roofline", (*python, "profiling.roofline"), 30),
+        Part("build", (*pip, *build), 85),
+        Part("tests", (*pytest, "-q", "-m", "gpu or triton"), 125),
+        Part("benchmarks", bench, 155),
+        Part("trace", (*python, *trace, str(out / "trace")), 20),
+        Part("graphs", (*python, *trace, str(out / "graphs"), "--compile", "reduce-overhead"), 35),
+        Part("roofline", (*python, "profiling.roofline", *quick), 30),
+        Part("memory", (*python, "profiling.memory", *quick), 15),
+        Part("throughput", (*python, "benchmarks.studies.throughput", *quick), 35),
+        Part("utilization", (*python, "benchmarks.studies.utilization", *quick), 30),
+        Part("loss_gap", (*python, "benchmarks.studies.loss_gap", *quick), 40),
     ]
 
 
@@ -97,15 +103,17 @@ def run_part(part: Part, limit_s: float, variables: dict[str, str]) -> Result:
 
 
 def run_all(listed: list[Part], budget_s: float, variables: dict[str, str]) -> list[Result]:
-    """Run the parts in order within budget_s seconds in all; parts that no time is left for are recorded as not run."""
-    deadline_s = time.monotonic() + budget_s
+    """Run the parts in order within budget_s seconds in all; parts that no time is left for are recorded as not run.
+
+    A part ends when its limit and those of the parts before it are used up: what they left is at its disposal.
+    """
+    start_s = time.monotonic()
+    allowed_s = 0.0
     results = []
     for part in listed:
-        left_s = deadline_s - time.monotonic()
-        if left_s <= 0:
-            result = Result(part, "not run", 0.0, "")
-        else:
-            result = run_part(part, min(part.limit_s, left_s), variables)
+        allowed_s += part.limit_s
+        left_s = min(allowed_s, budget_s) - (time.monotonic() - start_s)
+        result = run_part(part, left_s, variables) if left_s > 0 else Result(part, "not run", 0.0, "")
         print(f"{part.name:<12} {result.outcome:<10} {result.seconds:6.1f} s", flush=True)
         if result.outcome != "passed":
             print(result.output, flush=True)
@@ -132,7 +140,7 @@ def write(out: Path, slug: str, facts: dict[str, object], results: list[Result])
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="build, test, measure and profile on a machine with a GPU")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the results")
-    parser.add_argument("--minutes", type=float, default=9.0, help="time for all parts together")
+    parser.add_argument("--minutes", type=float, default=9.5, help="time for all parts together")
     parser.add_argument("--wheels", type=Path, help="folder of wheels the machine lacks, used for this run alone")
     parser.add_argument("--commit", help="what is measured, where the checkout has no .git folder")
     parser.add_argument("--dry-run", action="store_true", help="print the parts and their limits, and run nothing")

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import subprocess
 import sys
@@ -7,8 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from profiling import gpu_suite
+from profiling import gpu_suite, memory, roofline_report
 from profiling.gpu_suite import Part, Result, parts, run_all, run_part, write
+
+NAMES = [
+    *("build", "tests", "benchmarks", "trace", "graphs", "roofline", "memory"),
+    *("throughput", "utilization", "loss_gap"),
+]
 
 
 def python(name: str, code: str, limit_s: float = 20.0) -> Part:
@@ -52,6 +58,32 @@ def test_the_whole_suite_keeps_to_its_budget() -> None:
     assert results[1].seconds == 0
 
 
+def test_what_a_part_leaves_of_its_time_is_for_the_next() -> None:
+    listed = [python("brief", "pass", limit_s=15), python("long", "import time; time.sleep(1)", limit_s=0.01)]
+    results = run_all(listed, 30, {})
+    assert [result.outcome for result in results] == ["passed", "passed"]
+
+
+def test_the_parts_fit_into_ten_minutes_and_name_modules_there_are(tmp_path: Path) -> None:
+    (tmp_path / "some.whl").touch()
+    listed = parts(tmp_path, architecture="90", wheels=tmp_path, site=tmp_path / "site")
+    assert sum(part.limit_s for part in listed) <= 600
+    assert sum(part.limit_s for part in listed if part.name != "wheels") <= 570
+    modules = [part.command[part.command.index("-m") + 1] for part in listed]
+    assert [module for module in modules if importlib.util.find_spec(module) is None] == []
+
+
+@pytest.mark.parametrize("name", ["roofline", "memory"])
+def test_the_arguments_of_our_own_parts_are_understood(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (part,) = (part for part in parts(tmp_path, architecture="90") if part.name == name)
+    parse = {"roofline": roofline_report.parse, "memory": memory.parse}[name]
+    options = parse(list(part.command[part.command.index("-m") + 2 :]))
+    assert (options.device, options.quick, options.out) == ("cuda", True, tmp_path)
+
+
 def test_the_results_file_holds_every_part(tmp_path: Path) -> None:
     results = [
         Result(Part("build", ("make",), 5.0), "passed", 1.25, "built\n"),
@@ -73,7 +105,7 @@ def test_the_results_file_holds_every_part(tmp_path: Path) -> None:
 def test_the_parts_build_for_the_card_and_write_into_the_folder(tmp_path: Path) -> None:
     (tmp_path / "some.whl").touch()
     listed = {part.name: part for part in parts(tmp_path, architecture="80", wheels=tmp_path, site=tmp_path / "site")}
-    assert list(listed) == ["wheels", "build", "tests", "benchmarks", "trace", "graphs", "roofline"]
+    assert list(listed) == ["wheels", *NAMES]
     assert "cmake.define.CMAKE_CUDA_ARCHITECTURES=80-real" in listed["build"].command
     assert str(tmp_path / "some.whl") in listed["wheels"].command
     assert listed["benchmarks"].command[-2:] == ("--results-dir", str(tmp_path))
@@ -98,7 +130,7 @@ def test_a_dry_run_lists_the_parts_and_runs_nothing(
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: pytest.fail("a dry run started something"))
     assert gpu_suite.main(["--dry-run", "--out", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["build", "tests", "benchmarks", "trace", "graphs", "roofline"]
+    assert [line.split()[0] for line in lines] == NAMES
     assert all("at most" in line for line in lines)
 
 
