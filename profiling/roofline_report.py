@@ -265,7 +265,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         prog="python -m profiling.roofline", description="every op and the training steps on the machine's roofs"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quick", action="store_true", help="smaller sizes and fewer rounds, some 20 seconds")
+    parser.add_argument("--quick", action="store_true", help="smaller sizes and fewer rounds, some 15 seconds")
     parser.add_argument("--out", type=Path, help="folder for the record, the table and the picture")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -280,7 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
     keep_freed_memory()
     facts = environment(device)
     start_s = time.perf_counter()
-    print(f"every op and the training steps: {'some 20 seconds' if options.quick else 'about a minute'}", flush=True)
+    print(f"every op and the training steps: {'some 15 seconds' if options.quick else 'half a minute'}", flush=True)
     with cases(device, SIZES[device.type, options.quick]) as chosen:
         points, ceilings = measure(chosen, device, QUICK_CASE_S if options.quick else CASE_S, print_now)
     print(ceilings_text(ceilings))
