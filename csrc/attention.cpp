@@ -1,27 +1,11 @@
 #include "attention.h"
 
 #include <cmath>
-#include <limits>
 
 #include "attention_rows.h"
 
 namespace eventkern {
 namespace {
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-EVENTKERN_INLINE Lanes larger(Lanes left, Lanes right) { return left > right ? left : right; }
-
-// One pair, contiguous float32; rows are padded to whole lanes, with rows of zeros.
-struct Pair {
-  const float* query;  // times log2(e) / sqrt(kHeadDim)
-  const float* key;
-  const float* value;
-  float* output;
-  float* largest;
-  float* inverse_sum;
-  float* scores;  // of the few queries at the end
-};
 
 // panel (num_keys, kLanes) = the scores of 16 queries; the largest of them and `high`. Query `lane` sees no key after
 // last_seen + lane.
@@ -39,58 +23,9 @@ EVENTKERN_INLINE Lanes score_keys(const float* columns, const float* keys, int64
   return high;
 }
 
-EVENTKERN_INLINE float largest_of(Lanes lanes) {
-  float result = lanes[0];
-  for (int i = 1; i < kLanes; ++i) result = std::max(result, lanes[i]);
-  return result;
-}
-
-EVENTKERN_INLINE float total_of(Lanes lanes) {
-  float result = 0.0f;
-  for (int i = 0; i < kLanes; ++i) result += lanes[i];
-  return result;
-}
-
-// One query after another, with 16 keys in lanes.
-template <int kHeadDim>
-EVENTKERN_INLINE void attend_few(const Pair& pair, int64_t first, int64_t num_queries, int64_t num_keys,
-                                 bool is_causal) {
-  alignas(64) float columns[kHeadDim * kLanes];
-  const int64_t width = whole_lanes(num_keys);
-  for (int64_t j = 0; j < num_keys; j += kLanes) {
-    transpose_rows<kHeadDim>(pair.key + j * kHeadDim, columns);
-    for (int64_t query = first; query < num_queries; ++query) {
-      const Lanes scores = multiply_columns<kHeadDim>(columns, pair.query + query * kHeadDim);
-      store_lanes(pair.scores + (query - first) * width + j, scores);
-    }
-  }
-  for (int64_t query = first; query < num_queries; ++query) {
-    float* scores = pair.scores + (query - first) * width;
-    const int64_t num_seen = is_causal ? query + 1 : num_keys;
-    const int64_t last = (num_seen - 1) / kLanes * kLanes;
-    store_lanes(scores + last, hide_from(load_lanes(scores + last), num_seen - last, -kInfinity));
-    Lanes high = Lanes{} - kInfinity;
-    for (int64_t j = 0; j <= last; j += kLanes) high = larger(load_lanes(scores + j), high);
-    const float largest = largest_of(high);
-    Lanes sum{};
-    for (int64_t j = 0; j <= last; j += kLanes) {
-      const Lanes powers = exp2_of_negative(load_lanes(scores + j) - largest);
-      sum += powers;
-      store_lanes(scores + j, powers);
-    }
-    float* output = pair.output + query * kHeadDim;
-    const float inverse_sum = 1.0f / total_of(sum);
-    std::fill_n(output, kHeadDim, 0.0f);
-    add_weighted_rows<kHeadDim>(scores, 1, num_seen, pair.value, output);
-    for (int h = 0; h < kHeadDim; ++h) output[h] *= inverse_sum;
-    pair.largest[query] = largest;
-    pair.inverse_sum[query] = inverse_sum;
-  }
-}
-
 // Keys in chunks whose scores stay in cache; what earlier chunks summed is rescaled where a larger score appears.
 template <int kHeadDim>
-EVENTKERN_CLONES void attend(const Pair& pair, int64_t num_queries, int64_t num_keys, bool is_causal) {
+EVENTKERN_CLONES void attend(const AttendedPair& pair, int64_t num_queries, int64_t num_keys, bool is_causal) {
   alignas(64) float panel[kChunkKeys * kLanes];
   alignas(64) float columns[kHeadDim * kLanes];
   alignas(64) float sums[kHeadDim * kLanes];
@@ -151,13 +86,13 @@ void attention_cpu(const Attention& call, const HeadRows& query, const HeadRows&
     float* queries = scratch.take(query_size);
     float* keys = scratch.take(key_size);
     float* values = scratch.take(key_size);
-    const Pair pair{queries,
-                    keys,
-                    values,
-                    scratch.take(query_size),
-                    scratch.take(padded_queries),
-                    scratch.take(padded_queries),
-                    scratch.take(num_few(num_queries) * padded_keys)};
+    const AttendedPair pair{queries,
+                            keys,
+                            values,
+                            scratch.take(query_size),
+                            scratch.take(padded_queries),
+                            scratch.take(padded_queries),
+                            scratch.take(num_few(num_queries) * padded_keys)};
     std::fill(queries + num_queries * call.head_dim, queries + query_size, 0.0f);
     for (float* rows : {keys, values}) std::fill(rows + call.num_keys * call.head_dim, rows + key_size, 0.0f);
     const Range pairs = split_range(call.batch_size * call.num_heads, 1, part, num_parts);

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <new>
 
@@ -20,6 +21,8 @@ inline constexpr int64_t kGrainElements = 1 << 13;  // fewer products of a query
 // In units of ln 2, so that a power is 2^x.
 inline constexpr float kLog2E = 1.44269504f;
 inline constexpr float kLn2 = 0.693147181f;
+
+inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 constexpr int64_t whole_lanes(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
@@ -266,6 +269,68 @@ EVENTKERN_INLINE void add_weighted_rows(const float* weights, int64_t stride, in
     }
     even += odd;
     std::memcpy(target + first, &even, sizeof(Part));
+  }
+}
+
+// One pair, contiguous float32; rows are padded to whole lanes, with rows of zeros.
+struct AttendedPair {
+  const float* query;  // times log2(e) / sqrt(kHeadDim)
+  const float* key;
+  const float* value;
+  float* output;
+  float* largest;
+  float* inverse_sum;
+  float* scores;  // of the few queries at the end
+};
+
+EVENTKERN_INLINE Lanes larger(Lanes left, Lanes right) { return left > right ? left : right; }
+
+EVENTKERN_INLINE float largest_of(Lanes lanes) {
+  float result = lanes[0];
+  for (int i = 1; i < kLanes; ++i) result = std::max(result, lanes[i]);
+  return result;
+}
+
+EVENTKERN_INLINE float total_of(Lanes lanes) {
+  float result = 0.0f;
+  for (int i = 0; i < kLanes; ++i) result += lanes[i];
+  return result;
+}
+
+// One query after another, with 16 keys in lanes.
+template <int kHeadDim>
+EVENTKERN_INLINE void attend_few(const AttendedPair& pair, int64_t first, int64_t num_queries, int64_t num_keys,
+                                 bool is_causal) {
+  alignas(64) float columns[kHeadDim * kLanes];
+  const int64_t width = whole_lanes(num_keys);
+  for (int64_t j = 0; j < num_keys; j += kLanes) {
+    transpose_rows<kHeadDim>(pair.key + j * kHeadDim, columns);
+    for (int64_t query = first; query < num_queries; ++query) {
+      const Lanes scores = multiply_columns<kHeadDim>(columns, pair.query + query * kHeadDim);
+      store_lanes(pair.scores + (query - first) * width + j, scores);
+    }
+  }
+  for (int64_t query = first; query < num_queries; ++query) {
+    float* scores = pair.scores + (query - first) * width;
+    const int64_t num_seen = is_causal ? query + 1 : num_keys;
+    const int64_t last = (num_seen - 1) / kLanes * kLanes;
+    store_lanes(scores + last, hide_from(load_lanes(scores + last), num_seen - last, -kInfinity));
+    Lanes high = Lanes{} - kInfinity;
+    for (int64_t j = 0; j <= last; j += kLanes) high = larger(load_lanes(scores + j), high);
+    const float largest = largest_of(high);
+    Lanes sum{};
+    for (int64_t j = 0; j <= last; j += kLanes) {
+      const Lanes powers = exp2_of_negative(load_lanes(scores + j) - largest);
+      sum += powers;
+      store_lanes(scores + j, powers);
+    }
+    float* output = pair.output + query * kHeadDim;
+    const float inverse_sum = 1.0f / total_of(sum);
+    std::fill_n(output, kHeadDim, 0.0f);
+    add_weighted_rows<kHeadDim>(scores, 1, num_seen, pair.value, output);
+    for (int h = 0; h < kHeadDim; ++h) output[h] *= inverse_sum;
+    pair.largest[query] = largest;
+    pair.inverse_sum[query] = inverse_sum;
   }
 }
 

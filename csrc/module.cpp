@@ -11,6 +11,7 @@
 
 #include "attention.h"
 #include "class_draws.h"
+#include "decoder_step.h"
 #include "gather.h"
 #include "gather_pool.h"
 #include "multi_embedding.h"
@@ -217,6 +218,28 @@ PYBIND11_MODULE(_C, module) {
                                       head_rows(query), head_rows(key), head_rows(value), head_rows(output),
                                       pointer<const float>(statistics), head_rows(query_grad), head_rows(key_grad),
                                       head_rows(value_grad));
+             });
+
+  module.def("decoder_step_cpu",
+             [](int64_t num_layers, int64_t batch_size, int64_t width, int64_t num_heads, int64_t cache_size,
+                int64_t position, int64_t num_memory, int64_t memory_size, float epsilon, int num_threads,
+                uintptr_t weights, uintptr_t caches, uintptr_t memory, uintptr_t states) {
+               const py::gil_scoped_release release;
+               const DecoderStep call{num_layers,
+                                      batch_size,
+                                      width,
+                                      num_heads,
+                                      static_cast<int>(width / num_heads),
+                                      cache_size,
+                                      position,
+                                      num_memory,
+                                      memory_size,
+                                      epsilon,
+                                      pointer<const float>(weights),
+                                      pointer<float>(caches),
+                                      pointer<const float>(memory),
+                                      num_threads};
+               decoder_step_cpu(call, pointer<float>(states));
              });
 
   module.def("multi_embedding_cpu", [](uintptr_t ids, int id_bytes, const std::array<int64_t, 2>& id_strides,

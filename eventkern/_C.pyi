@@ -43,6 +43,23 @@ def attention_backward_cpu(
     value_grad: _HeadRows,
     /,
 ) -> None: ...
+def decoder_step_cpu(
+    num_layers: int,
+    batch_size: int,
+    width: int,
+    num_heads: int,
+    cache_size: int,
+    position: int,
+    num_memory: int,
+    memory_size: int,
+    epsilon: float,
+    num_threads: int,
+    weights: int,
+    caches: int,
+    memory: int,
+    states: int,
+    /,
+) -> None: ...
 def multi_embedding_cpu(
     ids: int,
     id_bytes: int,

@@ -3,7 +3,6 @@
 Shapes: B batch, T queries, K keys (or stacked members), D model width, N heads, H = D / N.
 """
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eventkern.nn.stacked import StackedLinear
@@ -53,8 +52,7 @@ class SelfAttention(nn.Module):
         packed_B3NH = self.qkv(states_BD).unflatten(-1, (3, self.num_heads, -1))
         cache_B2NTH.select(3, position).copy_(packed_B3NH[:, 1:])
         key, value = cache_B2NTH.narrow(3, 0, position + 1).unbind(1)
-        # One query: torch's own call costs less than the op's kernel saves.
-        attended_BN1H = F.scaled_dot_product_attention(packed_B3NH[:, 0].unsqueeze(2), key, value)
+        attended_BN1H = attention(packed_B3NH[:, 0].unsqueeze(2), key, value)
         return self.out(attended_BN1H.flatten(1))
 
 
@@ -129,7 +127,7 @@ class CrossAttention(nn.Module):
     def step(self, states_BD: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """What `forward` gives for one position, (B, D), after keys and values (B, N, K, H)."""
         query_BN1H = self.query(states_BD).unflatten(-1, (self.num_heads, 1, -1))
-        return self.out(F.scaled_dot_product_attention(query_BN1H, key, value).flatten(1))
+        return self.out(attention(query_BN1H, key, value).flatten(1))
 
 
 def _check_heads(d_model: int, num_heads: int) -> None:
