@@ -304,6 +304,7 @@ EVENTKERN_INLINE void attend_few(const AttendedPair& pair, int64_t first, int64_
   alignas(64) float columns[kHeadDim * kLanes];
   const int64_t width = whole_lanes(num_keys);
   for (int64_t j = 0; j < num_keys; j += kLanes) {
+    for (int i = 0; i < kHeadDim; ++i) __builtin_prefetch(pair.value + j * kHeadDim + i * kLanes);
     transpose_rows<kHeadDim>(pair.key + j * kHeadDim, columns);
     for (int64_t query = first; query < num_queries; ++query) {
       const Lanes scores = multiply_columns<kHeadDim>(columns, pair.query + query * kHeadDim);

@@ -24,6 +24,7 @@ struct Candidate {
 
 struct Scratch {
   std::vector<float> values;
+  std::vector<int32_t> ranks;
   std::vector<Candidate> found;
   std::vector<Candidate> kept;
 };
@@ -33,20 +34,22 @@ bool is_before(const Candidate& left, const Candidate& right) {
   return left.logit > right.logit || (left.logit == right.logit && left.number < right.number);
 }
 
-// How many of `count` values are above one.
-EVENTKERN_INLINE int num_above(const float* values, int64_t count, float value) {
-  int above = 0;
-  for (int64_t i = 0; i < count; ++i) above += values[i] > value;
-  return above;
+// ranks[i] = how many of `count` values are above value i.
+EVENTKERN_INLINE void count_above(const float* values, int64_t count, std::vector<int32_t>& ranks) {
+  ranks.assign(count, 0);
+  for (int64_t j = 0; j < count; ++j) {
+    const float value = values[j];
+    for (int64_t i = 0; i < count; ++i) ranks[i] += value > values[i];
+  }
 }
 
 // A logit that at least k reach, and few more: the k-th largest of the largest in each of `num_columns` columns, where
 // column i holds logits i, i + num_columns, ... -infinity where there are too few logits for that to be worth it.
-EVENTKERN_INLINE float bound_of(const float* logits, int64_t num_classes, int64_t k, std::vector<float>& columns) {
+EVENTKERN_INLINE float bound_of(const float* logits, int64_t num_classes, int64_t k, Scratch& scratch) {
   const int64_t num_columns = std::max(kLeastColumns, (3 * k + kScanned - 1) / kScanned * kScanned);
   if (num_columns > kMostRanked || num_classes < 2 * num_columns) return -kInfinity;
-  columns.assign(logits, logits + num_columns);
-  float* const largest = columns.data();
+  scratch.values.assign(logits, logits + num_columns);
+  float* const largest = scratch.values.data();
   for (int64_t start = num_columns; start < num_classes; start += num_columns) {
     const int64_t count = std::min(num_columns, num_classes - start);
     for (int64_t i = 0; i < count; ++i) {
@@ -54,45 +57,51 @@ EVENTKERN_INLINE float bound_of(const float* logits, int64_t num_classes, int64_
       largest[i] = logit > largest[i] ? logit : largest[i];
     }
   }
+  count_above(largest, num_columns, scratch.ranks);
   float bound = kInfinity;
   for (int64_t i = 0; i < num_columns; ++i) {
-    if (num_above(largest, num_columns, largest[i]) < k) bound = std::min(bound, largest[i]);
+    bound = scratch.ranks[i] < k && largest[i] < bound ? largest[i] : bound;
   }
   return bound;
 }
 
 // Writes the k largest of the candidates, the largest first. Of few each one's rank is counted, which needs no branch.
-EVENTKERN_INLINE void sort_largest(std::vector<Candidate>& found, int64_t k, std::vector<float>& values,
-                                   std::vector<Candidate>& kept) {
-  const int64_t count = found.size();
+EVENTKERN_INLINE void sort_largest(int64_t count, int64_t k, Scratch& scratch) {
+  auto& [values, ranks, found, kept] = scratch;
   kept.assign(std::min(k, count), found.front());  // ranks among NaN leave places as they are
   if (count > kMostRanked) {
-    std::partial_sort_copy(found.begin(), found.end(), kept.begin(), kept.end(), is_before);
+    std::partial_sort_copy(found.begin(), found.begin() + count, kept.begin(), kept.end(), is_before);
     return;
   }
   values.resize(count);
   for (int64_t i = 0; i < count; ++i) values[i] = found[i].logit;
+  count_above(values.data(), count, ranks);
+  for (int64_t j = 0; j < count; ++j) {
+    const float value = values[j];
+    for (int64_t i = j + 1; i < count; ++i) ranks[i] += value == values[i];
+  }
   for (int64_t i = 0; i < count; ++i) {
-    int rank = num_above(values.data(), count, values[i]);
-    for (int64_t j = 0; j < i; ++j) rank += values[j] == values[i];
-    if (rank < k) kept[rank] = found[i];
+    if (ranks[i] < k) kept[ranks[i]] = found[i];
   }
 }
 
 // Fills `kept` with the classes of the k largest logits, the largest first.
 EVENTKERN_INLINE void keep_largest(const float* logits, int64_t num_classes, int64_t k, Scratch& scratch) {
-  const float bound = bound_of(logits, num_classes, k, scratch.values);
-  scratch.found.clear();
+  const float bound = bound_of(logits, num_classes, k, scratch);
+  auto& found = scratch.found;
+  found.resize(std::max<int64_t>(found.size(), num_classes));
+  int64_t count = 0;
   for (int64_t start = 0; start < num_classes; start += kScanned) {
     const int64_t end = std::min(start + kScanned, num_classes);
     int num_below = 0;
     for (int64_t i = start; i < end; ++i) num_below += logits[i] < bound;
     if (num_below == end - start) continue;
     for (int64_t i = start; i < end; ++i) {
-      if (!(logits[i] < bound)) scratch.found.push_back({logits[i], static_cast<int32_t>(i)});
+      found[count] = {logits[i], static_cast<int32_t>(i)};  // overwritten by the next one unless it counts
+      count += !(logits[i] < bound);
     }
   }
-  sort_largest(scratch.found, k, scratch.values, scratch.kept);
+  sort_largest(count, k, scratch);
 }
 
 // The first candidate at which the sum of the powers so far is above `uniform` times their sum. A float below 1 times

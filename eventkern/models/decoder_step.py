@@ -40,7 +40,7 @@ class PackedLayers:
     """
 
     def __init__(self, layers: Sequence[DecoderLayer], memory: Sequence[tuple[Tensor, Tensor]]) -> None:
-        self._weights_L = torch.stack([torch.cat([part.flatten() for part in _parts(layer)]) for layer in layers])
+        self._weights = torch.cat([part.flatten() for layer in layers for part in _parts(layer)])
         self._num_memory = memory[0][0].shape[2]
         padding = padded_length(self._num_memory) - self._num_memory
         self._memory_LB2NKH = torch.stack(
@@ -60,7 +60,7 @@ class PackedLayers:
         num_layers, batch_size, _, num_heads, cache_size, _ = caches_LB2NTH.shape
         _C.decoder_step_cpu(
             num_layers, batch_size, states_BD.shape[1], num_heads, cache_size, position, self._num_memory,
-            self._memory_LB2NKH.shape[4], self._epsilon, torch.get_num_threads(), self._weights_L.data_ptr(),
+            self._memory_LB2NKH.shape[4], self._epsilon, torch.get_num_threads(), self._weights.data_ptr(),
             caches_LB2NTH.data_ptr(), self._memory_LB2NKH.data_ptr(), states_BD.data_ptr(),
         )  # fmt: skip
 
