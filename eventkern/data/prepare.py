@@ -26,6 +26,7 @@ from eventkern.data.report import PrepareReport, progress_bar
 from eventkern.data.schema import DataError, Schema
 from eventkern.data.source import source_files
 from eventkern.data.store import FORMAT, EventStore, floor_key
+from eventkern.disk import flush
 
 Floor = Mapping[int, Sequence[float]] | Callable[[EventStore], Mapping[int, Sequence[float]]]
 
@@ -86,7 +87,7 @@ def prepare(
         finally:
             spill.close()
         shutil.rmtree(folder / "spill")
-        _sync(folder / "store.bin")
+        flush(folder / "store.bin")
         skipped = ingested.skipped.count
         info["counts"] = {"rows_read": ingested.num_events + skipped, "rows_skipped": skipped, **info["counts"]}
         info = {
@@ -120,7 +121,7 @@ def _published(out: Path, overwrite: bool) -> Iterator[Path]:
             made = folder / "store"
             made.mkdir()
             yield made
-            _sync(made)
+            flush(made)
             if out.exists():
                 out.rename(replaced)
             try:
@@ -129,7 +130,7 @@ def _published(out: Path, overwrite: bool) -> Iterator[Path]:
                 if replaced.exists():
                     replaced.rename(out)
                 raise
-            _sync(out.parent)
+            flush(out.parent)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -178,19 +179,10 @@ def _is_running(process: int) -> bool:
     return True
 
 
-def _sync(path: Path) -> None:
-    """Wait until a file or a folder's entries are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _write_info(folder: Path, info: dict[str, Any]) -> None:
     file = folder / "store.json"
     file.write_text(json.dumps(info, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    _sync(file)
+    flush(file)
 
 
 def _checked_floor(floors: Mapping[int, Sequence[float]], info: dict[str, Any]) -> dict[str, list[float]]:

@@ -21,8 +21,9 @@ from typing import IO, Any
 import numpy as np
 import torch
 
+from eventkern.disk import flush
 from eventkern.train.weights import write_safetensors
-from eventkern.train.whole_files import flush_folder, remove_leftovers, write_whole
+from eventkern.train.whole_files import remove_leftovers, write_whole
 
 CHECKPOINTS = "checkpoints"
 BEST_WEIGHTS = "best.safetensors"
@@ -104,7 +105,7 @@ class CheckpointFolder:
         temporary = self.path / f".{name}.tmp"
         temporary.symlink_to(target.name)
         temporary.replace(self.path / name)
-        flush_folder(self.path)
+        flush(self.path)
 
     def _prune(self) -> None:
         newest_first = _newest_first(self.path)

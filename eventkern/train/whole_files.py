@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from eventkern.disk import flush
+
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -41,22 +43,13 @@ def write_whole(writers: Mapping[Path, Callable[[IO[bytes]], object]]) -> None:
             raise _no_space(error, writers) from error
         raise
     for folder in {path.parent for path in writers}:
-        flush_folder(folder)
+        flush(folder)
 
 
 def write_file(path: Path, content: str | bytes) -> None:
     """Writes a file, text as UTF-8, whole or not at all; raises as `write_whole`."""
     encoded = content.encode() if isinstance(content, str) else content
     write_whole({path: lambda file: file.write(encoded)})
-
-
-def flush_folder(path: Path) -> None:
-    """Makes renames inside the folder survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove_leftovers(folder: Path) -> None:
