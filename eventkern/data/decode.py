@@ -62,6 +62,8 @@ def decode_times(store: EventStore, anchors: NDArray[np.int64], table: pa.Table)
       on whose elapsed units are missing.
     - Else null.
 
+    Past the year 9999, where calendars end, a time is null as well, and so are those that follow from it.
+
     Args:
         store: whose schema tells.
         anchors: (B,) int64 nanoseconds since 1970, UTC: the newest known event of each key.
@@ -82,7 +84,7 @@ def decode_times(store: EventStore, anchors: NDArray[np.int64], table: pa.Table)
             if all(field in clock for field in DATE):
                 before = _moment(fields, zone)
             elif units is not None and before is not None and units[row] is not None:
-                before = _shown(before + datetime.timedelta(seconds=units[row] * seconds), fields, zone)
+                before = _shown(before, units[row] * seconds, fields, zone)
             else:
                 before = None
             times.append(before)
@@ -96,19 +98,27 @@ def _moment(fields: dict[str, Any], zone: datetime.tzinfo) -> datetime.datetime 
         if None in (year, month, day, hour, minute):
             return None
         return datetime.datetime(year, month, day, hour, minute, tzinfo=zone).astimezone(datetime.UTC)
-    except ValueError:
+    except (ValueError, OverflowError):  # no such date, or none in UTC
         return None
 
 
-def _shown(least: datetime.datetime, fields: dict[str, Any], zone: datetime.tzinfo) -> datetime.datetime:
-    """The first moment from `least` on at which a clock shows the hour, and the minute where there is one."""
-    hour, minute, local = fields.get("hour"), fields.get("minute"), least.astimezone(zone)
-    if hour is None or (local.hour == hour and minute in (None, local.minute)):
-        return least
-    shown = local.replace(hour=hour, minute=minute or 0, second=0)
-    if shown < local:
-        shown += datetime.timedelta(days=1)
-    return shown.astimezone(datetime.UTC)
+def _shown(
+    before: datetime.datetime, seconds: int, fields: dict[str, Any], zone: datetime.tzinfo
+) -> datetime.datetime | None:
+    """The first moment, seconds after `before` or later, at which a clock shows the hour, and the minute where there
+    is one; None past the year 9999."""
+    hour, minute = fields.get("hour"), fields.get("minute")
+    try:
+        least = before + datetime.timedelta(seconds=seconds)
+        local = least.astimezone(zone)
+        if hour is None or (local.hour == hour and minute in (None, local.minute)):
+            return least
+        shown = local.replace(hour=hour, minute=minute or 0, second=0)
+        if shown < local:
+            shown += datetime.timedelta(days=1)
+        return shown.astimezone(datetime.UTC)
+    except OverflowError:
+        return None
 
 
 def _values(category: Category, names: Sequence[str]) -> pa.Array:

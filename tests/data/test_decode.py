@@ -135,3 +135,23 @@ def test_a_schema_that_reads_neither_tells_no_time(
 ) -> None:
     store = run(tmp_path, *LINES, schema=dataclasses.replace(schema, categories=schema.categories[:-1]))
     assert times_of(store, ["2024-01-01T09:00:00"], hour=[9, 10]) == [None, None]
+
+
+def test_a_time_past_the_year_9999_is_null(run: Callable[..., EventStore], schema: Schema, tmp_path: Path) -> None:
+    """By elapsed units, at once or one after another; by a clock that shows the hour a day later; and by a date."""
+    long = dataclasses.replace(schema.categories[-1], unit="days")
+    store = run(tmp_path, *LINES, schema=dataclasses.replace(schema, categories=(*schema.categories[:-1], long)))
+    pauses = [2_000_000, 2_000_000, 0, 1]
+    late, *lost = times_of(store, ["2024-01-01T09:00:00"], pause=pauses, hour=[None] * 4)
+    assert late is not None
+    assert (late.year, lost) == (7499, [None] * 3)
+    almost = (datetime.date(9999, 12, 31) - datetime.date(2024, 1, 1)).days
+    assert times_of(store, ["2024-01-01T12:00:00"], pause=[almost], hour=[9]) == [None]
+    assert times_of(store, ["2024-01-01T12:00:00"], pause=[2**31 - 1], hour=[9]) == [None]
+    fields = tuple(Category(field, "time", "at", field=field) for field in ("year", "month", "day"))
+    (tmp_path / "dated").mkdir()
+    dated = run(
+        tmp_path / "dated", *LINES, schema=dataclasses.replace(schema, categories=(*schema.categories, *fields))
+    )
+    columns = {"year": [9999, 9999], "month": [12, 12], "day": [31, 30], "hour": [23, 23]}
+    assert times_of(dated, ["2024-01-01T09:00:00"], pause=[None] * 2, **columns) == [None, local("9999-12-30T23:00:00")]
