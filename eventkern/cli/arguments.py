@@ -174,6 +174,8 @@ class Generate:
     """A .csv or .parquet file to write; default: the events are printed."""
     batch_size: int = 64
     """Keys that are generated together."""
+    quantize: Literal["none", "int8"] = "none"
+    """int8: by the model with its weights as 8-bit integers."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: cuda, else mps, else cpu."""
 

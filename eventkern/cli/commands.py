@@ -153,6 +153,23 @@ def load_model(path: Path, state: dict[str, Any], sizes: EventTransformerConfig)
     return model
 
 
+def quantize(model: EventTransformer, wanted: str, path: Path) -> None:
+    """Makes the weights of a checkpoint's model 8-bit integers, where --quantize is int8.
+
+    Raises:
+        CheckpointError: a weight that is not finite.
+    """
+    from eventkern.nn import quantize_int8
+    from eventkern.train.checkpoint import CheckpointError
+
+    if wanted != "int8":
+        return
+    try:
+        quantize_int8(model)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: --quantize int8: {error}") from error
+
+
 def require_parent(out: Path) -> None:
     """Raises a ConfigError where the folder that a file is to be written into is not there."""
     if not out.parent.is_dir():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eventkern.cli.arguments import Evaluate, RunConfig
-from eventkern.cli.commands import build_ledger, open_run
+from eventkern.cli.commands import build_ledger, open_run, quantize
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,7 @@ def evaluate_checkpoint(command: Evaluate) -> None:
     from torch.nn.utils import parametrize
 
     from eventkern.data.loader import EventLoader
-    from eventkern.nn.quantization import quantize_int8, weight_bytes
+    from eventkern.nn.quantization import weight_bytes
     from eventkern.train import Scorecard, score
     from eventkern.train.logging import print_shown
     from eventkern.train.run_folder import require_folder
@@ -49,7 +49,7 @@ def evaluate_checkpoint(command: Evaluate) -> None:
     quantization = None
     if command.quantize == "int8":
         plain = {"bytes_before": weight_bytes(run.model), "loss_sum_before": loss_sum(sums)}
-        quantize_int8(run.model)
+        quantize(run.model, command.quantize, run.path)
         with parametrize.cached():
             sums = measure()
         quantization = {"weights": "int8", **plain, "bytes": weight_bytes(run.model), "loss_sum": loss_sum(sums)}
@@ -98,9 +98,13 @@ def training_store(config: RunConfig, store: EventStore) -> EventStore:
 def write_evaluation(out: Path, told: Mapping[str, Any], ledger: Ledger, scorecard: Scorecard) -> None:
     """Writes evaluation.json and evaluation.png into a folder, and says so."""
     from eventkern.train.reliability import plot_evaluation
+    from eventkern.train.tables import for_json
     from eventkern.train.whole_files import write_file
 
     out.mkdir(parents=True, exist_ok=True)
+    if told["quantization"] is not None:
+        losses = {name: for_json(told["quantization"][name]) for name in ("loss_sum_before", "loss_sum")}
+        told = {**told, "quantization": {**told["quantization"], **losses}}
     told = {**told, "ledger": ledger.to_dict(), "scorecard": scorecard.to_dict()}
     write_file(out / "evaluation.json", json.dumps(told, indent=2, allow_nan=False) + "\n")
     is_drawn = plot_evaluation(out / "evaluation.png", ledger, scorecard)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from eventkern.cli.arguments import Export
-from eventkern.cli.commands import checkpoint_of, load_model, load_run, require_parent
+from eventkern.cli.commands import checkpoint_of, load_model, load_run, quantize, require_parent
 
 
 def export(command: Export) -> None:
     """`eventkern export`."""
+    from eventkern.train.failures import explained
+
+    with explained(f"on --device {command.device}: export where there is more", compiles=False):
+        export_checkpoint(command)
+
+
+def export_checkpoint(command: Export) -> None:
+    """Writes the program of a checkpoint, and says what it takes."""
     from eventkern.models import EventTransformerConfig
     from eventkern.models.export import exported_bytes
-    from eventkern.nn import quantize_int8
     from eventkern.train.device import select_device
     from eventkern.train.whole_files import write_file
 
@@ -20,8 +27,7 @@ def export(command: Export) -> None:
     state = load_run(path)
     config = EventTransformerConfig(**state["metadata"]["model"])
     model = load_model(path, state, config)
-    if command.quantize == "int8":
-        quantize_int8(model)
+    quantize(model, command.quantize, path)
     program = exported_bytes(model.to(device))
     write_file(command.out, program)
     categories = len(config.category_names)

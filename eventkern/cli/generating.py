@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eventkern.cli.arguments import Generate
-from eventkern.cli.commands import OpenedRun, open_run, require_parent
+from eventkern.cli.commands import OpenedRun, open_run, quantize, require_parent
 from eventkern.train.config import ConfigError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def generate_from_checkpoint(command: Generate) -> None:
     if command.out is not None:
         require_parent(command.out)
     run = open_run(command.checkpoint, command.store, command.device)
+    quantize(run.model, command.quantize, run.path)
     anchors, names = choose_keys(run.store, command.key)
     codes = generate_events(
         run,
@@ -70,6 +71,7 @@ def generate_events(
         **options: of eventkern.models.generate.
     """
     import numpy as np
+    from torch.nn.utils import parametrize
 
     from eventkern.data import History
     from eventkern.models import generate
@@ -78,7 +80,7 @@ def generate_events(
     lengths = {"src_seq_len": run.config.src_seq_len, "id_category_size": run.config.id_category_size}
     given = [run.store.schema.category_names.index(run.store.schema.key)]
     made = []
-    with float32_products(run.precision), autocast(run.precision, run.device):
+    with float32_products(run.precision), autocast(run.precision, run.device), parametrize.cached():
         for start in progress(range(0, len(anchors), batch_size)):
             batch = slice(start, start + batch_size)
             history = History(run.store, anchors[batch], **lengths)

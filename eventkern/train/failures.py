@@ -26,12 +26,13 @@ def smaller_step(config: TrainerConfig) -> str:
 
 
 @contextmanager
-def explained(smaller: str, *, is_alone: bool = True) -> Iterator[None]:
+def explained(smaller: str, *, is_alone: bool = True, compiles: bool = True) -> Iterator[None]:
     """Turns memory that is used up, a failed compilation and a lost rank into a RunFailure; the rest passes through.
 
     Args:
         smaller: at which keys and values memory was used up, and which of them to change.
         is_alone: there are no other ranks to lose.
+        compiles: there is a --compile to be switched off.
     """
     try:
         yield
@@ -40,7 +41,7 @@ def explained(smaller: str, *, is_alone: bool = True) -> Iterator[None]:
             raise
         if is_out_of_memory(error):
             told = f"out of memory {smaller} ({first_line(error)})"
-        elif _is_of_compiler(error):
+        elif compiles and _is_of_compiler(error):
             told = f"torch.compile failed; --compile off trains without it ({first_line(error)})"
         elif not is_alone and _is_of_connection(error):
             told = f"lost another rank, whose own message says why; --resume auto goes on ({first_line(error)})"

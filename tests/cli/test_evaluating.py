@@ -17,7 +17,7 @@ import torch
 from eventkern.cli import main
 from eventkern.data import EventLoader, EventStore
 from eventkern.models import EventTransformer, EventTransformerConfig
-from eventkern.train.checkpoint import load_checkpoint
+from eventkern.train.checkpoint import load_checkpoint, save_checkpoint
 
 SCHEMA = """
 name = "visits"
@@ -250,3 +250,59 @@ def test_mistakes_of_export_are_one_line(
     assert told.startswith(f"eventkern: {message}")
     assert told.count("\n") == 1
     assert not (here / "model.pt2").exists()
+
+
+@pytest.fixture
+def broken(here: Path) -> Callable[[str], Path]:
+    """Writes a checkpoint of the run's with one tensor of NaN."""
+
+    def write(name: str) -> Path:
+        state = load_checkpoint(here / "run/checkpoints/best")
+        state["model"][name].fill_(torch.nan)
+        path = here / "broken.pt"
+        save_checkpoint(state, path)
+        return path
+
+    return write
+
+
+def test_a_loss_that_is_not_finite_is_null(
+    here: Path, broken: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bias is no integer, so that the weights can be quantised."""
+    options = ["--device", "cpu", "--out", "lost", "--quantize", "int8"]
+    assert main(["evaluate", str(broken("heads.bias")), *options]) == 0
+    shown = capsys.readouterr().out
+    assert "The validation loss is not finite in person, place, price and year." in shown
+    assert "int8 weights: " in shown
+    held = read_json(here / "lost/evaluation.json")["quantization"]
+    assert (held["loss_sum_before"], held["loss_sum"]) == (None, None)
+    assert held["bytes"] < held["bytes_before"]
+
+
+@pytest.mark.parametrize("command", ["evaluate {}", "export {} --out model.pt2", "generate {} --out made.csv"])
+def test_weights_that_are_not_finite_have_no_integers(
+    here: Path, broken: Callable[[str], Path], capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    path = broken("heads.weight")
+    before = sorted(here.rglob("*"))
+    capsys.readouterr()
+    assert main([*command.format(path).split(), "--device", "cpu", "--quantize", "int8"]) == 2
+    shown = capsys.readouterr()
+    assert shown.err == (
+        f"eventkern: {path}: --quantize int8: heads.weight holds a value that is not finite, which no integer "
+        "stands for\n"
+    )
+    assert shown.out == ""
+    assert sorted(here.rglob("*")) == before
+
+
+def test_memory_that_an_export_uses_up_is_one_line(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eventkern.models.export.exported_bytes", lambda _: torch.zeros(2**60, dtype=torch.uint8))
+    capsys.readouterr()
+    assert main(["export", "run", "--out", "model.pt2"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("eventkern: out of memory on --device cpu: export where there is more (")
+    assert told.count("\n") == 1

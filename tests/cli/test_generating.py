@@ -18,7 +18,9 @@ import torch
 from benchmarks.studies.generated_marginals import distances, generated_and_true, table, total_variation
 from eventkern.cli import main
 from eventkern.cli.commands import open_run
+from eventkern.cli.generating import choose_keys, generate_events, table_of
 from eventkern.data import EventStore
+from eventkern.nn import quantize_int8
 
 SCHEMA = """
 name = "visits"
@@ -192,3 +194,16 @@ def test_a_store_of_strangers_has_no_key_to_go_on_with(here: Path, capsys: pytes
     assert main(["generate", "run", "--store", "other", "--device", "cpu", "--events", "2"]) == 2
     told = capsys.readouterr().err
     assert told == "eventkern: other has no person that the store of the training knew\n"
+
+
+def test_int8_weights_generate_what_their_model_says(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With integers as coarse as -1, 0 and 1, whose events are not those of the checkpoint's own weights."""
+    monkeypatch.setattr("eventkern.nn.quantization.LARGEST", 1)
+    options = ["--key", "p1", "p4", "--events", "7", "--temperature", "0"]
+    made = generated(*options, "--quantize", "int8").to_pylist()
+    run = open_run(here / "run", None, "cpu")
+    quantize_int8(run.model)
+    anchors, names = choose_keys(run.store, ("p1", "p4"))
+    codes = generate_events(run, anchors, 7, seeds=[0, 0], batch_size=2, temperature=0.0)
+    assert made == table_of(run.store, anchors, names, codes).to_pylist()
+    assert made != generated(*options).to_pylist()
