@@ -3,8 +3,8 @@
     python -m profiling.roofline [--device cpu|cuda] [--quick] [--out benchmarks/results]
 
 measures the ceilings, then every op and the training steps under them (profiling/roofline_cases.py), and prints a
-table; with `--out` it leaves the table, the record and a picture there (profiling/roofline_report.py). Half a minute on 2
-quiet cores, with `--quick` half of that.
+table; with `--out` it leaves the table, the record and a picture there (profiling/roofline_report.py). Half a minute on
+2 quiet cores, with `--quick` half of that.
 
 Source:
     Williams, Waterman and Patterson, 2009 (Roofline: an insightful visual performance model).
