@@ -28,8 +28,8 @@ from profiling.memory_step import PHASES, PRECISIONS, StepMemory, measure, snaps
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
-NUM_PEAKS, NUM_QUICK_PEAKS = 3, 1
-"""Steps whose peaks are taken, for the median."""
+NUM_STEPS, NUM_QUICK_STEPS = 5, 1
+"""Steps whose peaks are taken, for the median, and whose history, for the fastest."""
 NUM_KEPT = 6
 """Rows of the table of tensors kept for the backward."""
 MIB = 2.0**20
@@ -103,13 +103,14 @@ def draw(steps: list[StepMemory], device: torch.device) -> Canvas:
         for phase, (start, end) in history.phases.items():
             axis.axvspan(start, end, color=COLOURS[phase], alpha=0.13, linewidth=0)
             words = f"{phase}\npeak {history.peak_bytes(phase) / MIB:,.1f}"
-            # The last is too short for its words.
-            at, alignment = (end, "right") if phase == PHASES[-1] else ((start + end) / 2, "center")
-            axis.text(at, 1.28 * top, words, ha=alignment, va="top", fontsize=8)
+            # The last is too short for its words, which stand below those of the others.
+            is_last = phase == PHASES[-1]
+            place = (end, 1.0 * top, "right") if is_last else ((start + end) / 2, 1.28 * top, "center")
+            axis.text(*place[:2], words, ha=place[2], va="top", fontsize=8)
         kept = step.kept.num_bytes / MIB
         axis.axhline(kept, color="#e45756", linestyle=":", linewidth=1, label=f"kept for the backward, {kept:,.1f} MiB")
         axis.set_ylim(0, 1.32 * top)
-        axis.set_xlim(0, history.phases[PHASES[-1]][1])
+        axis.set_xlim(0, history.duration_ms())
         axis.set_title(step.name, loc="left", fontsize=9)
         axis.set_ylabel("MiB")
         axis.legend(loc="lower center", fontsize=7)
@@ -140,8 +141,8 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device)
     facts = environment(device)
     cases = [(Path(config).stem, Shapes.load(config), each) for config in options.config for each in options.precision]
-    num_peaks = NUM_QUICK_PEAKS if options.quick else NUM_PEAKS
-    steps = [measure(name, shapes, precision, device, num_peaks) for name, shapes, precision in cases]
+    num_steps = NUM_QUICK_STEPS if options.quick else NUM_STEPS
+    steps = [measure(name, shapes, precision, device, num_steps) for name, shapes, precision in cases]
     missing = []
     if device.type != "cuda":
         why = "--device is cpu" if torch.cuda.is_available() else f"torch {torch.__version__} sees no such device"

@@ -58,9 +58,13 @@ class History:
         num_before = bisect_right(self.times_ms, time_ms)
         return self.held_bytes[num_before - 1] if num_before else 0.0
 
+    def duration_ms(self) -> float:
+        """Of the step."""
+        return self.phases[PHASES[-1]][1]
+
     def by_slice(self, num_slices: int) -> list[float]:
         """The most that was held in each of so many equal parts of the step."""
-        end = self.phases[PHASES[-1]][1]
+        end = self.duration_ms()
         edges = [end * edge / num_slices for edge in range(num_slices + 1)]
         return [self.most_held(*each) for each in pairwise(edges)]
 
@@ -215,8 +219,8 @@ def static_bytes(step: TrainingStep, batch: EventBatchLike) -> dict[str, float]:
     }
 
 
-def measure(name: str, shapes: Shapes, precision: str, device: torch.device, num_peaks: int) -> StepMemory:
-    """All of a step's memory, after steps that warm it up."""
+def measure(name: str, shapes: Shapes, precision: str, device: torch.device, num_steps: int) -> StepMemory:
+    """All of a step's memory, after steps that warm it up; of num_steps histories the least disturbed, the fastest."""
     torch.manual_seed(0)
     step = TrainingStep(EventTransformer(shapes.model).to(device), PRECISIONS[precision])
     batch = random_batch(shapes, device)
@@ -225,8 +229,8 @@ def measure(name: str, shapes: Shapes, precision: str, device: torch.device, num
     return StepMemory(
         name=f"{name} {precision}",
         static_bytes=static_bytes(step, batch),
-        history=record_history(step, batch),
-        peaks_bytes=system_peaks(step, batch, num_peaks),
+        history=min((record_history(step, batch) for _ in range(num_steps)), key=History.duration_ms),
+        peaks_bytes=system_peaks(step, batch, num_steps),
         kept=record_kept(step, batch),
     )
 
