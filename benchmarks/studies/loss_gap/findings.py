@@ -78,6 +78,11 @@ class Rung:
         """Training nats by category over each tenth of the steps, over the seeds."""
         return np.mean([run.tenths for run in self.runs], axis=0).tolist()
 
+    @property
+    def validated(self) -> list[float]:
+        """Validation nats by category after the last step, over the seeds."""
+        return np.mean([run.validation for run in self.runs], axis=0).tolist()
+
     def to_dict(self) -> dict[str, Any]:
         """For the record."""
         told: dict[str, Any] = {"name": self.name, "setting": self.setting.to_dict(), "reference": vars(self.reference)}
@@ -91,6 +96,7 @@ class Rung:
             "nats": vars(self.nats),
             "validation": vars(self.validation),
             "curve": [round(value, 4) for value in self.curve[:: max(1, len(self.curve) // 200)]],
+            "validation_by_category": [round(value, 3) for value in self.validated],
             "nats_by_category_and_tenth": [[round(value, 3) for value in tenth] for tenth in self.tenths],
         }
 

@@ -60,7 +60,7 @@ def share_table(findings: Findings) -> str:
 
 def suspect_table(findings: Findings, rungs: list[Rung]) -> str:
     """Suspects, their first and last losses, and the two categories that the notes tell of."""
-    ids = [f"{name} then" for name in NOTED_IDS]
+    ids = [*(f"{name} then" for name in NOTED_IDS), *(f"{name}, validation" for name in NOTED_IDS)]
     head = ("suspect", "first nats", "last nats", "against the base", f"sum nearest {NOTED_GPU}, in tenth", *ids)
     lines: list[tuple[str, ...]] = [head]
     for rung in rungs:
@@ -68,7 +68,7 @@ def suspect_table(findings: Findings, rungs: list[Rung]) -> str:
             lines.append((rung.name, rung.reason, *[""] * (3 + len(ids))))
             continue
         tenth, nats = findings.at_noted_sum(rung)
-        told = [f"{value:.2f}" for value in findings.noted_ids(nats).values()]
+        told = [f"{value:.2f}" for each in (nats, rung.validated) for value in findings.noted_ids(each).values()]
         against = signed(findings.against_base(rung, rungs)) if rung.name != BASE else ""
         lines.append(
             (rung.name, f"{rung.first:.2f}", str(rung.nats), against, f"{math.fsum(nats):.1f}, {tenth}", *told)
@@ -224,13 +224,14 @@ def worse_than_guessing_text(findings: Findings) -> str:
         if rung.reason or not ("initialisation" in rung.name or "order" in rung.name or "actors" in rung.name):
             continue
         _, nats = findings.at_noted_sum(rung)
-        ids = findings.noted_ids(nats)
+        trained, validated = findings.noted_ids(nats), findings.noted_ids(rung.validated)
         told.append(
-            f"{rung.name}: first loss {rung.first:.2f}; when the sum is {math.fsum(nats):.1f}, "
-            + " and ".join(f"{value:.2f}" for value in ids.values())
+            f"{rung.name}: first loss {rung.first:.2f}; when the sum is {math.fsum(nats):.1f}, {pair_text(trained)}; "
+            f"at the end in validation {pair_text(validated)}"
         )
-        if all(value > guessing for value in ids.values()):
-            caught.append(rung.name)
+        for ids, where in ((trained, f"in training, at a sum of {math.fsum(nats):.1f}"), (validated, "in validation")):
+            if all(value > guessing for value in ids.values()):
+                caught.append(f"{rung.name} ({where}: {pair_text(ids)})")
     fp32 = next((rung for rung in large if rung.name == "precision: fp32"), None)
     half = (
         f"bf16 moves the mean by {abs(findings.against_base(fp32, large).mean):.3f} nats"
@@ -238,9 +239,9 @@ def worse_than_guessing_text(findings: Findings) -> str:
         else "bf16 was not compared here"
     )
     verdict = (
-        f"Both categories lie above ln 1000 when the sum is nearest {NOTED_GPU} with: **{'; '.join(caught)}**."
+        f"Both categories are worse than guessing with: **{'; '.join(caught)}**."
         if caught
-        else f"With none of these do both categories lie above ln 1000 when the sum is nearest {NOTED_GPU}."
+        else "With none of these are both categories worse than guessing."
     )
     return (
         f"The notes read {noted} nats, where guessing among 1,000 classes costs {guessing:.2f}. A sum cannot lift one "
@@ -248,6 +249,11 @@ def worse_than_guessing_text(findings: Findings) -> str:
         f"7.8 is what logits of standard deviation {math.sqrt(2 * (NOTED_IDS['ActorRecordId'] - guessing)):.2f} cost. "
         f"As it is, the first loss is {base.first:.2f}. {'. '.join(told)}. {verdict}"
     )
+
+
+def pair_text(ids: dict[str, float]) -> str:
+    """The nats of the two categories."""
+    return " and ".join(f"{value:.2f}" for value in ids.values())
 
 
 def target_text(findings: Findings) -> str:

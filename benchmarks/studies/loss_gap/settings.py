@@ -141,12 +141,15 @@ def ladder(start: Setting, steps: list[Factor]) -> list[Setting]:
 
 def suspects(base: Setting) -> dict[str, Setting]:
     """What may have been different besides: one change each to `base`, by name."""
+    plain: dict[str, Any] = {"initialisation": "torch_without_norm"}
+    longer = {"num_steps": base.num_steps * 5 // 2}
     changes: dict[str, dict[str, Any]] = {
         "in order, not shuffled": {"is_shuffled": False},
         "initialisation: torch's defaults": {"initialisation": "torch"},
-        "initialisation: torch's, no norm before the heads": {"initialisation": "torch_without_norm"},
+        "initialisation: torch's, no norm before the heads": plain,
         "initialisation: first logits of sd 1.34": {"initialisation": "logits_1.34"},
-        "torch's, no norm, in order": {"initialisation": "torch_without_norm", "is_shuffled": False},
+        "torch's, no norm, in order": {**plain, "is_shuffled": False},
+        f"torch's, no norm, {longer['num_steps']} steps": {**plain, **longer},
         "reduction: sum over labels, too": {"reduction": "sum"},
         "reduction: mean": {"reduction": "mean"},
         "optimizer: Adam": {"optimizer": "adam"},
@@ -159,7 +162,12 @@ def suspects(base: Setting) -> dict[str, Setting]:
         "precision: fp16": {"precision": "fp16"},
         "device: cuda": {"device": "cuda"},
         "950 actors and sites": {"stream": "many_ids"},
-        "950 actors and sites; torch's, no norm": {"stream": "many_ids", "initialisation": "torch_without_norm"},
+        "950 actors and sites; torch's, no norm": {**plain, "stream": "many_ids"},
+        f"950 actors and sites; torch's, no norm, {longer['num_steps']} steps": {
+            **plain,
+            **longer,
+            "stream": "many_ids",
+        },
     }
     return {name: replace(base, **change) for name, change in changes.items() if replace(base, **change) != base}
 
