@@ -80,7 +80,10 @@ class Prediction:
 
 
 def growth(points: Points, start: float, end: float) -> Prediction:
-    """The factor between two sizes of one curve: read off between its points, beyond them by the exponent of its tail.
+    """The factor between two sizes of one curve: read off between its points, beyond them from its tail.
+
+    Where the tail's exponent is below 1, a part of the cost does not grow: the tail then goes on as a straight line,
+    between the flattest power and growth in proportion. Else it goes on as a power.
 
     Args:
         points: (size, seconds), at least two sizes.
@@ -91,15 +94,25 @@ def growth(points: Points, start: float, end: float) -> Prediction:
     tail = line[-TAIL:]
     slopes = [math.log(right[1] / left[1]) / math.log(right[0] / left[0]) for left, right in pairwise(tail)]
     middle = fit_exponent(tail).exponent
+    last_size, last_s = line[-1]
+    mean_size, mean_s = (sum(each[axis] for each in tail) / len(tail) for axis in (0, 1))
+    per_size = sum((size - mean_size) * seconds for size, seconds in tail) / sum(
+        (size - mean_size) ** 2 for size, _ in tail
+    )
+    if middle < 1:
+        slopes.append(1.0)
 
-    def value(size: float, slope: float) -> float:
-        if size > line[-1][0]:
-            return line[-1][1] * float((size / line[-1][0]) ** slope)
+    def value(size: float, slope: float | None) -> float:
+        if size > last_size and slope is None:
+            return last_s + per_size * (size - last_size)
+        if size > last_size and slope is not None:
+            return last_s * float((size / last_size) ** slope)
         left, right = next(((one, two) for one, two in pairwise(line) if size <= two[0]), (line[-2], line[-1]))
         share = math.log(size / left[0]) / math.log(right[0] / left[0])
         return left[1] * (right[1] / left[1]) ** share
 
-    factors = [value(end, slope) / value(start, slope) for slope in (middle, min(slopes), max(slopes))]
+    ways = (None if middle < 1 else middle, min(slopes), max(slopes))
+    factors = [value(end, slope) / value(start, slope) for slope in ways]
     return Prediction(factors[0], min(factors), max(factors))
 
 

@@ -5,8 +5,8 @@
 
 Trains the shapes of the notes' two configurations from a real loader on the synthetic stream: device x precision x
 {reference, fused ops} x {eager, compiled} x batch, contenders in turn. Then one size at a time (batch, sequence length,
-classes, layers, width) grows and the exponent of the cost is fitted; then the notes' wish list is run as far as time and memory
-allow, and predicted from the curves beyond. An interrupted run goes on where it was.
+classes, layers, width) grows and the exponent of the cost is fitted; then the notes' wish list is run as far as time
+and memory allow, and predicted from the curves beyond. An interrupted run goes on where it was.
 """
 
 from __future__ import annotations
@@ -123,9 +123,11 @@ class Study:
                             partial(self.sweep, device, config, batch),
                         )
                     )
-            for curve in scaling.curves(self.shapes[self.curve_config], is_small=self.is_quick):
-                expected_s = 2 * self.budget.part_s
-                made.append(Part(f"curve {device} {curve.name}", expected_s, partial(self.curve, device, curve)))
+            for config in self.shapes:
+                made += [
+                    Part(f"curve {device} {config} {name}", 2 * self.budget.part_s, partial(self.curve, device, curve))
+                    for name, curve in self.curves(config).items()
+                ]
             for config, wish in itertools.product(self.shapes, WISHES):
                 if config == self.curve_config or list(wish.sizes) == ["batch"]:
                     name, measure = f"wish {device} {config} {wish.name}", partial(self.wish, device, config, wish)
@@ -146,6 +148,8 @@ class Study:
             return place.missing
         if mode == "eager":
             return None
+        if place.device == "cpu" and ops == "reference" and config != next(iter(self.shapes)):
+            return "on a CPU, reference ops are compiled for the first configuration alone: others take minutes"
         if self.is_quick and (config, ops, place.precision) != (next(iter(self.shapes)), "fused", "fp32"):
             return "--quick compiles one model"
         if place.device == "cpu" and batch != self.shapes[config].batch_size:
@@ -245,25 +249,18 @@ class Study:
         return len(self.store.anchors("train", shapes.model.tgt_seq_len))
 
     def forecast(self, device: str, config: str, wish: Wish) -> dict[str, Any]:
-        """Seconds and bytes that the curves say, before anything of the row is run.
-
-        A row of another configuration than the curves' takes their growth from its own step at its own batch size.
-        """
-        lines = {curve.name: (curve, self.found.get(f"curve {device} {curve.name}")) for curve in self.curves()}
-        base = self.base_step(device, config)
-        if base is None or any(not lines[name][1] for name in wish.sizes):
+        """Seconds and bytes that the curves say, before anything of the row is run."""
+        base, curves = self.base_step(device, config), self.curves(config)
+        records = {name: self.found.get(f"curve {device} {config} {name}", []) for name in wish.sizes}
+        if base is None or any(len(scaling.points(line)) < 2 for line in records.values()):
             return {}
-        factor = self.shapes[config].batch_size / self.shapes[self.curve_config].batch_size
-        growths, bytes_growth, is_on_curve = [], 1.0, True
+        growths, bytes_growth, is_on_curve = [], 1.0, len(wish.sizes) == 1
         for name, size in wish.sizes.items():
-            curve, records = lines[name]
-            assert records is not None
-            line = scaling.points(records)
-            end = size / factor if name == "batch" else size
-            growths.append(scaling.growth(line, curve.base, end))
-            memory = [(at, max(value, 1.0)) for at, value in scaling.points(records, "peak_bytes")]
-            bytes_growth *= scaling.growth(memory, curve.base, end).seconds
-            is_on_curve = is_on_curve and config == self.curve_config and end in dict(line)
+            line = scaling.points(records[name])
+            growths.append(scaling.growth(line, curves[name].base, size))
+            memory = [(at, max(value, 1.0)) for at, value in scaling.points(records[name], "peak_bytes")]
+            bytes_growth *= scaling.growth(memory, curves[name].base, size).seconds
+            is_on_curve = is_on_curve and size in dict(line)
         told = scaling.predict(base["seconds"], growths)
         return {
             "predicted_s": told.seconds,
@@ -273,8 +270,10 @@ class Study:
             "is_on_curve": is_on_curve,
         }
 
-    def curves(self) -> list[scaling.Curve]:
-        return scaling.curves(self.shapes[self.curve_config], is_small=self.is_quick)
+    def curves(self, config: str) -> dict[str, scaling.Curve]:
+        """By name; of the other configurations the batch alone."""
+        made = {curve.name: curve for curve in scaling.curves(self.shapes[config], is_small=self.is_quick)}
+        return made if config == self.curve_config else {"batch": made["batch"]}
 
     def base_step(self, device: str, config: str) -> dict[str, Any] | None:
         """The eager step with our ops at the configuration's own sizes, in the precision of the curves."""

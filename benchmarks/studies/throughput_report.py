@@ -227,9 +227,13 @@ def phases_text(rows: Rows, device: str) -> str:
 
 
 def curve_lines(found: dict[str, Any], device: str) -> dict[str, list[tuple[float, float]]]:
-    """The measured curves of a device by name."""
+    """The measured curves of a device by configuration and name."""
     prefix = f"curve {device} "
-    lines = {name.removeprefix(prefix): scaling.points(part) for name, part in found.items() if name.startswith(prefix)}
+    lines = {
+        ": ".join(name.removeprefix(prefix).split(" ", 1)): scaling.points(part)
+        for name, part in found.items()
+        if name.startswith(prefix)
+    }
     return {name: line for name, line in lines.items() if len(line) > 1}
 
 
