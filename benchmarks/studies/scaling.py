@@ -95,7 +95,7 @@ def growth(points: Points, start: float, end: float) -> Prediction:
     slopes = [math.log(right[1] / left[1]) / math.log(right[0] / left[0]) for left, right in pairwise(tail)]
     middle = fit_exponent(tail).exponent
     last_size, last_s = line[-1]
-    mean_size, mean_s = (sum(each[axis] for each in tail) / len(tail) for axis in (0, 1))
+    mean_size = sum(size for size, _ in tail) / len(tail)
     per_size = sum((size - mean_size) * seconds for size, seconds in tail) / sum(
         (size - mean_size) ** 2 for size, _ in tail
     )

@@ -5,6 +5,7 @@ Shapes: B batch, K streams, S source events, T target events, C categories.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -110,8 +111,8 @@ def loader_batches(
         seed: of the order.
     """
     options: dict[str, Any] = {"collate_fn": collated}
+    sampler = IndexSampler(len(windows), batch_size, seed=seed, drop_last=True)
     if is_our_order:
-        sampler = IndexSampler(len(windows), batch_size, seed=seed, drop_last=True)
         options["batch_sampler"] = Lists(sampler)
     else:
         generator = torch.Generator().manual_seed(seed)
@@ -119,7 +120,8 @@ def loader_batches(
     loader: DataLoader[Any] = DataLoader(windows, **options)
 
     def endless() -> Iterator[RandomBatch]:
-        while True:
+        for epoch in itertools.count():
+            sampler.set_epoch(epoch)
             for batch in loader:
                 yield RandomBatch(*(part.to(device) for part in (batch.sources, batch.targets, batch.num_targets)))
 
