@@ -1,4 +1,4 @@
-"""The utilisation study: idle time is shared out whole, plain windows are the loader's, the text follows the figures."""
+"""The utilisation study: idle time is shared out whole, plain windows are the loader's, texts follow the figures."""
 
 import copy
 import json
@@ -169,7 +169,7 @@ def test_plain_loaders_visit_other_windows_each_epoch_and_never_end(
 def record(folder: Path) -> dict[str, Any]:
     """What a tiny run leaves, the model that it would compile left eager."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utilization, "QUICK", utilization.Budget(part_s=0.02, profiled_steps=2))
+        patch.setattr(utilization, "QUICK", utilization.Budget(part_s=0.02, profiled_steps=1))
         patch.setattr(step_timing, "BLOCK_S", 1e-4)
         patch.setattr(nn.Module, "compile", lambda self, **options: None)
         arguments = ["--quick", "--config", str(folder / "tiny.json"), "--store", str(folder / "store")]
