@@ -197,7 +197,7 @@ def run_tiny(folder: Path) -> Path:
     (folder / "tiny.json").write_text(json.dumps(TINY))
     shuffle_data.make_store(folder, 300, seed=0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(throughput, "QUICK", throughput.Budget(part_s=0.02, step_s=60.0))
+        patch.setattr(throughput, "QUICK", throughput.Budget(part_s=0.02, curve_s=0.02, step_s=60.0))
         patch.setattr(throughput, "measured_rate", lambda place: 1e12)
         patch.setattr(step_timing, "BLOCK_S", 1e-4)
         patch.setattr(nn.Module, "compile", lambda self, **options: None)

@@ -48,14 +48,15 @@ MEMORY_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Budget:
-    """Seconds of a part's timed rounds, and of the longest step that is run at all."""
+    """Seconds of the timed rounds of a sweep and of a curve or wish, and of the longest step that is run at all."""
 
     part_s: float
+    curve_s: float
     step_s: float
 
 
-FULL = Budget(part_s=20.0, step_s=30.0)
-QUICK = Budget(part_s=3.0, step_s=2.0)
+FULL = Budget(part_s=20.0, curve_s=8.0, step_s=30.0)
+QUICK = Budget(part_s=3.0, curve_s=2.0, step_s=2.0)
 
 
 @dataclass(frozen=True)
@@ -125,13 +126,13 @@ class Study:
                     )
             for config in self.shapes:
                 made += [
-                    Part(f"curve {device} {config} {name}", 2 * self.budget.part_s, partial(self.curve, device, curve))
+                    Part(f"curve {device} {config} {name}", 2 * self.budget.curve_s, partial(self.curve, device, curve))
                     for name, curve in self.curves(config).items()
                 ]
             for config, wish in itertools.product(self.shapes, WISHES):
                 if config == self.curve_config or list(wish.sizes) == ["batch"]:
                     name, measure = f"wish {device} {config} {wish.name}", partial(self.wish, device, config, wish)
-                    made.append(Part(name, self.budget.part_s, measure))
+                    made.append(Part(name, self.budget.curve_s, measure))
         is_missing = {device: Place(device, "fp32").missing is not None for device in self.options.device}
         return [replace(part, expected_s=0.0) if is_missing[part.name.split()[1]] else part for part in made]
 
@@ -217,7 +218,7 @@ class Study:
         place = self.place_of_curves(device)
         if place.missing:
             return [{"size": size, **not_run(place.missing)} for size in curve.sizes]
-        return scaling.measure_curve(curve, place, self.budget.part_s, self.options.seed)
+        return scaling.measure_curve(curve, place, self.budget.curve_s, self.options.seed)
 
     def wish(self, device: str, config: str, wish: Wish) -> dict[str, Any]:
         """A row of the wish list: run where the prediction allows it."""
@@ -242,7 +243,7 @@ class Study:
             return row | not_run(f"predicted to need more than {MEMORY_SHARE:.0%} of the free memory")
         batches = loader_batches(self.store, shapes, device, seed=self.options.seed)
         contender = Contender(wish.name, partial(self.step, shapes, place, "eager"), batches, place)
-        take_turns([contender], self.budget.part_s / 2)
+        take_turns([contender], self.budget.curve_s / 2)
         return row | contender.record()
 
     def num_windows(self, shapes: Shapes) -> int:

@@ -154,6 +154,7 @@ def gap_text(rows: Rows, device: str) -> str:
     noted = statistics.fmean(NOTED_EVENTS_PER_S)
     batch_s = slow["labels"] / NOTED_EVENTS_PER_S[1], slow["labels"] / NOTED_EVENTS_PER_S[0]
     flops = [slow["operations"] / seconds / 1e9 for seconds in reversed(batch_s)]
+    optimizer_s = [NOTED_ACCUMULATION * row["seconds"] for row in (fast, slow)]
     verdict = "faster" if slow["events_per_s"] > noted else "slower"
     times = slow["events_per_s"] / noted
     text = (
@@ -169,7 +170,10 @@ def gap_text(rows: Rows, device: str) -> str:
             "notes' rate: the time was lost outside the mathematics, in what keeps a GPU waiting (the utilisation "
             "study takes that apart; the shuffle study measures its reads of files)"
         )
-    return text + "."
+    return (
+        f"{text}. An optimizer step of {NOTED_ACCUMULATION} such batches takes {seconds_text(optimizer_s[0])} to "
+        f"{seconds_text(optimizer_s[1])} here; the notes have {NOTED_BATCH_S[0]:g} to {NOTED_BATCH_S[1]:g} s a batch."
+    )
 
 
 FACTORS = (

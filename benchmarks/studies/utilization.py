@@ -58,7 +58,7 @@ class Budget:
     profiled_steps: int
 
 
-FULL = Budget(part_s=30.0, profiled_steps=5)
+FULL = Budget(part_s=20.0, profiled_steps=5)
 QUICK = Budget(part_s=6.0, profiled_steps=2)
 
 
