@@ -184,7 +184,7 @@ def draw_sweep(rows: Rows, device: str) -> Figure:
     configs = list(dict.fromkeys(row["config"] for row in select(rows, device=device)))
     chosen = {config: select(rows, device=device, config=config, batch=own_batch(rows, config)) for config in configs}
     heights = [len(chosen[config]) + 1.5 for config in configs]
-    canvas = Figure(figsize=(9, 0.36 * sum(heights) + 1), layout="constrained")
+    canvas = Figure(figsize=(9, 0.36 * sum(heights) + 1.4), layout="constrained")
     axes = canvas.subplots(len(configs), 1, height_ratios=heights, squeeze=False)[:, 0]
     for axis, config in zip(axes, configs, strict=True):
         for place, row in enumerate(chosen[config]):
@@ -201,7 +201,8 @@ def draw_sweep(rows: Rows, device: str) -> Figure:
         axis.grid(axis="x", alpha=0.3)
         axis.set_axisbelow(True)
         axis.set_xlabel("ms a step", fontsize=8)
-    axes[0].legend([*("wait for data", *PHASES[1:])], loc="lower right", fontsize=8)
+    handles, _ = axes[0].get_legend_handles_labels()
+    canvas.legend(handles, ["wait for data", *PHASES[1:]], loc="outside lower center", ncols=4, fontsize=8)
     canvas.suptitle(f"A training step on the {device}", fontsize=11)
     return canvas
 
@@ -218,7 +219,9 @@ def draw_curves(found: dict[str, Any], device: str) -> Figure:
         draw_curve(axis, name, line)
     for axis in axes[len(lines) :]:
         axis.set_axis_off()
-    canvas.suptitle(f"Seconds of a step against one size at a time, {device}: the fitted exponent", fontsize=11)
+    canvas.suptitle(
+        f"Milliseconds of a step against one size at a time, {device}, and the fitted exponent", fontsize=11
+    )
     return canvas
 
 

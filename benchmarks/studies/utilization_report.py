@@ -281,7 +281,9 @@ def draw_ladder(found: dict[str, Any]) -> Figure:
         rates = [row["events_per_s"] for row in measured(rows)]
         for place, row in enumerate(rows):
             if row["status"] != "measured":
-                axis.text(0, place, f"  not run: {row['reason']}", va="center", fontsize=8, color="#555555")
+                axis.text(
+                    0.04 * max(rates), place, f"not run: {row['reason']}", va="center", fontsize=8, color="#555555"
+                )
                 continue
             axis.barh(place, row["events_per_s"], 0.7, color=COLOURS[place])
             ratio = f"  {steps[row['feature']]:.2f}x" if row["feature"] in steps else ""
