@@ -167,6 +167,19 @@ def test_contenders_that_compute_something_else_are_refused() -> None:
         take_turns([contender("a"), contender("b", 1.01)], budget_s=0.01)
 
 
+def test_the_windows_drawn_make_no_row_faster() -> None:
+    rows = [
+        {"status": "measured", "labels": 10.0, "seconds": 2.0, "events_per_s": 5.0},
+        step_timing.not_run("no device"),
+        {"status": "measured", "labels": 14.0, "seconds": 4.0, "events_per_s": 3.5},
+    ]
+    first, missing, second = step_timing.with_equal_labels(rows)
+    assert (first["labels"], first["events_per_s"]) == (12.0, 6.0)
+    assert (second["labels"], second["events_per_s"]) == (12.0, 3.0)
+    assert missing == rows[1]
+    assert step_timing.with_equal_labels([missing]) == [missing]
+
+
 def test_what_runs_out_of_memory_is_a_row_not_run() -> None:
     large = contender("large")
 

@@ -32,6 +32,7 @@ from benchmarks.studies.step_timing import (
     not_run,
     resized,
     take_turns,
+    with_equal_labels,
 )
 from benchmarks.studies.study_run import Part, devices, parser, run
 from benchmarks.studies.throughput_tables import finish
@@ -191,9 +192,9 @@ class Study:
         with torch._dynamo.config.patch(recompile_limit=64):
             take_turns([one for _, one in rows if isinstance(one, Contender)], self.budget.part_s)
         torch._dynamo.reset()
-        return [
-            row | (not_run(one) if isinstance(one, str) else one.record() | self.counted(shapes)) for row, one in rows
-        ]
+        return with_equal_labels(
+            [row | (not_run(one) if isinstance(one, str) else one.record() | self.counted(shapes)) for row, one in rows]
+        )
 
     def step(self, shapes: Shapes, place: Place, mode: str, clock: PhaseClock) -> TrainingStep:
         """A step with weights that are the same for all."""
