@@ -161,14 +161,14 @@ def gap_text(rows: Rows, device: str) -> str:
         f"Against the notes, counting labelled events: the slowest way measured here is "
         f"{times if times >= 1 else 1 / times:.2g} times {verdict} than {noted:.0f} events/s, the fastest "
         f"{fast['events_per_s'] / noted:.2g} times as fast. A step of these shapes is {slow['operations'] / 1e9:,.0f} "
-        f"GFLOP; in {batch_s[0]:.1f} to {batch_s[1]:.1f} s that is {flops[0]:,.0f} to {flops[1]:,.0f} GFLOP/s, where "
+        f"GFLOP; in {batch_s[0]:.1f} to {batch_s[1]:.1f} s that is {flops[0]:.1f} to {flops[1]:.1f} GFLOP/s, where "
         f"this {device} reaches {fast['operations'] / fast['seconds'] / 1e9:,.0f}"
     )
     if device == "cpu" and times > 1:
         text += (
-            " on a few cores. So neither the arithmetic of the model nor plain operators can be what held a GPU at the "
-            "notes' rate: the time was lost outside the mathematics, in what keeps a GPU waiting (the utilisation "
-            "study takes that apart; the shuffle study measures its reads of files)"
+            f" on {slow['threads']} threads. So unless their GPU was slower than these cores, neither the arithmetic of "
+            "the model nor plain operators held it at the notes' rate: the time was lost outside the mathematics, in "
+            "what keeps a GPU waiting (the utilisation study takes that apart; the shuffle study times reads of files)"
         )
     return (
         f"{text}. An optimizer step of {NOTED_ACCUMULATION} such batches takes {seconds_text(optimizer_s[0])} to "
