@@ -295,12 +295,16 @@ def test_the_readings_are_worked_out_from_the_configurations() -> None:
 
 
 def test_rows_not_run_take_one_line_for_each_reason(found: dict[str, Any]) -> None:
-    lines = tables.sweep_table(report.sweep_rows(parts_of(found))).splitlines()
-    missing = [line for line in lines if "not run: torch sees no CUDA device" in line]
+    rows = report.sweep_rows(parts_of(found))
+    missing = [line for line in tables.missing_table(rows).splitlines() if "torch sees no CUDA device" in line]
     if not torch.cuda.is_available():
-        assert len(missing) == 4
-        assert "fp16, reference and fused ops, eager and compiled" in missing[1] + missing[2] + missing[0]
-    assert sum("no NVML" in line for line in lines) == sum(row["status"] == "measured" for row in found["sweep"])
+        assert [line.split("|")[3].strip() for line in missing] == [
+            f"{precision}, reference and fused ops, eager and compiled"
+            for precision in ("bf16", "fp16", "fp32", "tf32")
+        ]
+    measured = [row for row in rows if row["status"] == "measured"]
+    assert tables.sweep_table(rows).count("no NVML") == len(measured)
+    assert tables.missing_table(measured) == ""
 
 
 @pytest.mark.parametrize("word", ["tpu", "cpu,gpu"])

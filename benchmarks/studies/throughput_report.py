@@ -166,9 +166,9 @@ def gap_text(rows: Rows, device: str) -> str:
     )
     if device == "cpu" and times > 1:
         text += (
-            f" on {slow['threads']} threads. So unless their GPU was slower than these cores, neither the arithmetic of "
-            "the model nor plain operators held it at the notes' rate: the time was lost outside the mathematics, in "
-            "what keeps a GPU waiting (the utilisation study takes that apart; the shuffle study times reads of files)"
+            f" on {slow['threads']} threads. So unless their GPU was slower than these cores, neither the arithmetic "
+            "of the model nor plain operators held it at the notes' rate: the time was lost outside the mathematics, "
+            "in what keeps a GPU waiting (the utilisation study takes that apart; the shuffle study times files)"
         )
     return (
         f"{text}. An optimizer step of {NOTED_ACCUMULATION} such batches takes {seconds_text(optimizer_s[0])} to "

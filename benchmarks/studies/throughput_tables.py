@@ -54,7 +54,7 @@ def measured_cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def sweep_table(rows: Rows) -> str:
-    """The sweep, every measured row; those not run in one line for each reason."""
+    """The sweep, every measured row."""
     headings = (
         "configuration, device",
         "batch",
@@ -74,18 +74,23 @@ def sweep_table(rows: Rows) -> str:
         where = f"{row['config']}, {row['device']}"
         lines.append((where, f"{row['batch']:,}", label(row), *measured_cells(row)))
 
+    return aligned(lines)
+
+
+def missing_table(rows: Rows) -> str:
+    """What of the sweep was not run, in one line for each reason; empty where all was."""
+
     def kind(row: dict[str, Any]) -> tuple[str, ...]:
         return row["config"], row["device"], row["precision"], row["reason"]
 
+    lines: list[tuple[str, ...]] = [("not run", "batch", "precision, ops, mode", "why")]
     missing = sorted((row for row in rows if row["status"] != "measured"), key=kind)
     for (config, device, precision, reason), group in groupby(missing, key=kind):
         ways = list(group)
         batches = ", ".join(f"{size:,}" for size in sorted({row["batch"] for row in ways}))
         ops, modes = (" and ".join(dict.fromkeys(row[key] for row in ways)) for key in ("ops", "mode"))
-        words = f"{precision}, {ops} ops, {modes}"
-        rest = ("",) * (len(headings) - 4)
-        lines.append((f"{config}, {device}", batches, words, f"not run: {reason}", *rest))
-    return aligned(lines)
+        lines.append((f"{config}, {device}", batches, f"{precision}, {ops} ops, {modes}", reason))
+    return aligned(lines) if missing else ""
 
 
 def curve_table(found: dict[str, Any], device: str) -> str:
@@ -235,7 +240,7 @@ def draw_curve(axis: Axes, name: str, line: list[tuple[float, float]]) -> None:
     axis.set_yscale("log")
     axis.set_xticks(sizes, [f"{size:,g}" for size in sizes], fontsize=7, rotation=30)
     axis.minorticks_off()
-    axis.set_yticks(values, [f"{value:.3g}" for value in values], fontsize=7)
+    axis.set_yticks(values, [f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values], fontsize=7)
     axis.set_title(name, fontsize=10)
     axis.set_ylabel("ms", fontsize=8)
     axis.grid(alpha=0.3)
@@ -249,12 +254,13 @@ def finish(found: dict[str, Any]) -> Report:
     parts = [
         "Medians over the rounds, contenders in turn; the batches come from a real loader on the synthetic stream. "
         "events/s counts labelled events, tokens/s all that go through the network; data wait is what the step waits "
-        "for the loader; the roof is this machine's own rate of large matrix products in the same precision; threads "
+        "for the loader; where the IQR passes the step, something else held the machine in a round; the roof is this machine's own rate of large matrix products in the same precision; threads "
         "busy counts those that spin while they wait for others, too. fp16 is timed without a loss scaler.",
         "## What the notes' figures can mean",
         reading_table(),
         "## Every way to run a step",
         sweep_table(rows),
+        missing_table(rows),
     ]
     pictures = {}
     for device in measured:
@@ -279,4 +285,5 @@ def finish(found: dict[str, Any]) -> Report:
         },
         "wishes": [part for name, part in found.items() if name.startswith("wish ")],
     }
-    return Report("Where did the throughput go?", conclusion(found), parts, record, pictures)
+    told = [part for part in parts if part]
+    return Report("Where did the throughput go?", conclusion(found), told, record, pictures)
