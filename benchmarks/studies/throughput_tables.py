@@ -254,8 +254,9 @@ def finish(found: dict[str, Any]) -> Report:
     parts = [
         "Medians over the rounds, contenders in turn; the batches come from a real loader on the synthetic stream. "
         "events/s counts labelled events, tokens/s all that go through the network; data wait is what the step waits "
-        "for the loader; where the IQR passes the step, something else held the machine in a round; the roof is this machine's own rate of large matrix products in the same precision; threads "
-        "busy counts those that spin while they wait for others, too. fp16 is timed without a loss scaler.",
+        "for the loader; where the IQR passes the step, something else held the machine in a round; the roof is this "
+        "machine's own rate of large matrix products in the same precision; threads busy counts those that spin while "
+        "they wait for others, too. fp16 is timed without a loss scaler.",
         "## What the notes' figures can mean",
         reading_table(),
         "## Every way to run a step",
