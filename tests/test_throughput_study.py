@@ -73,6 +73,12 @@ def test_growth_goes_on_as_the_tail_does() -> None:
     assert between.seconds == between.low == between.high == pytest.approx(9 / 4)
 
 
+def test_noise_is_no_gain_from_growing() -> None:
+    grown = growth([(2, 5.8), (4, 5.5), (8, 4.9)], 2.0, 2048.0)
+    assert 0 < grown.low <= grown.seconds <= grown.high
+    assert grown.seconds == pytest.approx(4.9 / 5.8)
+
+
 def test_predictions_multiply() -> None:
     twice, thrice = scaling.Prediction(2.0, 1.5, 2.5), scaling.Prediction(3.0, 3.0, 4.0)
     assert predict(10.0, [twice, thrice]) == scaling.Prediction(60.0, 45.0, 100.0)

@@ -96,9 +96,11 @@ def growth(points: Points, start: float, end: float) -> Prediction:
     middle = fit_exponent(tail).exponent
     last_size, last_s = line[-1]
     mean_size = sum(size for size, _ in tail) / len(tail)
-    per_size = sum((size - mean_size) * seconds for size, seconds in tail) / sum(
+    rise = sum((size - mean_size) * seconds for size, seconds in tail) / sum(
         (size - mean_size) ** 2 for size, _ in tail
     )
+    per_size = max(0.0, rise)  # more work that took less time is noise, not a trend
+    slopes = [max(0.0, slope) for slope in slopes]
     if middle < 1:
         slopes.append(1.0)
 
