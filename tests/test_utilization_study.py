@@ -214,7 +214,7 @@ def test_the_conclusion_follows_the_figures(record: dict[str, Any]) -> None:
     found = {name.replace("tiny", "gpu_optimized"): part for name, part in found.items()}
     rates = (100.0, 300.0, 300.0, 330.0, 660.0, 1320.0, 1980.0)
     for row, rate in zip(found["ladder cpu gpu_optimized"], rates, strict=False):
-        row |= {"events_per_s": rate, "labels": 2400.0, "seconds": 2400 / rate}
+        row |= {"events_per_s": rate, "labels": 2400.0, "seconds": 2400 / rate, "spread_s": 0.0}
     for row, window_s in zip(found["loaders cpu gpu_optimized"], (0.3, 0.001, 0.001, 0.0001), strict=True):
         row |= {"window_s": window_s, "windows_per_batch": 8}
     for row, seconds in zip(found["dispatch cpu gpu_optimized"], (0.024, 0.012, 0.012), strict=True):
@@ -230,10 +230,12 @@ def test_the_conclusion_follows_the_figures(record: dict[str, Any]) -> None:
     found["loaders cpu gpu_optimized"][0]["window_s"] = 0.03
     found["dispatch cpu gpu_optimized"][0]["seconds"] = 4.0
     found["ladder cpu gpu_optimized"][6]["events_per_s"] = 13_200.0
+    found["ladder cpu gpu_optimized"][3]["spread_s"] = 1.0
     text = "\n".join(report.conclusion(found))
-    assert "30 ms row by row from Parquet files (below that range)" in text
+    assert "30 ms row by row from Parquet files (below that range, which is 8 to 18 times as much)" in text
     assert "launching operators can by itself explain the notes' rate" in text
     assert f"Most came with: {report.COMPILED}." in text
+    assert f"{report.ORDER} 1.00x; {report.LOADER} 1.10x (within the spread); {report.MODEL} 2.00x;" in text
 
 
 def test_models_that_compute_something_else_are_refused(

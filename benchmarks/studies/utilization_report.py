@@ -69,11 +69,23 @@ def ratios(rows: Rows) -> dict[str, float]:
     }
 
 
+def within_spread(rows: Rows) -> set[str]:
+    """The steps whose time differs from the step before by less than the rounds of either differ."""
+    return {
+        after["feature"]
+        for before, after in pairwise(measured(rows))
+        if abs(after["seconds"] - before["seconds"]) < max(after["spread_s"], before["spread_s"])
+    }
+
+
 def bought_text(device: str, config: str, rows: Rows) -> str:
     """What each step bought."""
     run = measured(rows)
     steps = ratios(rows)
-    listed = "; ".join(f"{name} {value:.2f}x" for name, value in steps.items())
+    unsure = within_spread(rows)
+    listed = "; ".join(
+        f"{name} {value:.2f}x{' (within the spread)' * (name in unsure)}" for name, value in steps.items()
+    )
     most = max(steps, key=lambda name: steps[name]) if steps else ""
     total = run[-1]["events_per_s"] / run[0]["events_per_s"]
     return (
@@ -130,13 +142,15 @@ def notes_text(device: str, config: str, found: dict[str, Any]) -> str:
     waits = (1 - NOTED_BUSY[1]) * min(step_s), (1 - NOTED_BUSY[0]) * max(step_s)
     files_s, memory_s, ours_s = (rows[name]["window_s"] for name in (FILES, MEMORY, LOADER))
     low, high = (wait / windows for wait in waits)
-    within = "inside" if low <= files_s <= high else "below" if files_s < low else "above"
+    within = "inside that range" if low <= files_s <= high else "above that range"
+    if files_s < low:
+        within = f"below that range, which is {low / files_s:.0f} to {high / files_s:.0f} times as much"
     return (
         f"What the notes' figures leave for waiting, if an event is a label: {NOTED_EVENTS_PER_S[0]:.0f} to "
         f"{NOTED_EVENTS_PER_S[1]:.0f} events/s are {min(step_s):.2f} to {max(step_s):.2f} s a step of {config}; a GPU "
         f"that is {NOTED_BUSY[0]:.0%} to {NOTED_BUSY[1]:.0%} busy waits {waits[0]:.1f} to {waits[1]:.1f} s of it, "
         f"{seconds_text(low)} to {seconds_text(high)} for each of its {windows} windows. Here a window costs "
-        f"{seconds_text(files_s)} row by row from Parquet files ({within} that range), {seconds_text(memory_s)} cut "
+        f"{seconds_text(files_s)} row by row from Parquet files ({within}), {seconds_text(memory_s)} cut "
         f"from memory in Python, {seconds_text(ours_s)} from EventLoader. What the notes' windows were read from is "
         "not published, so this shows what a loader of that kind leaves idle, not that theirs was one."
     )
@@ -192,7 +206,7 @@ def ladder_table(rows: Rows) -> str:
             "first step",
         )
     ]
-    steps = ratios(rows)
+    steps, unsure = ratios(rows), within_spread(rows)
     for row in rows:
         if row["status"] != "measured":
             lines.append((row["feature"], f"not run: {row['reason']}", *("",) * 6))
@@ -202,7 +216,7 @@ def ladder_table(rows: Rows) -> str:
             (
                 row["feature"],
                 f"{row['events_per_s']:,.0f}",
-                f"{ratio:.2f}" if ratio else "",
+                f"{ratio:.2f}{' (within the spread)' * (row['feature'] in unsure)}" if ratio else "",
                 seconds_text(row["seconds"]),
                 seconds_text(row["spread_s"]),
                 f"{1e3 * row['phases']['data']:.3g}",
