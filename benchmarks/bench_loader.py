@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks import work
 from benchmarks.loader_peers import ROW_BATCHES, RowEpochs, store_batches
 from benchmarks.measure import Compare, Contender
-from benchmarks.studies.shuffle_data import make_store
+from benchmarks.studies.shuffle.data import make_store
 from eventkern.data import EventLoader, EventStore
 from profiling.roofline import Work
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import work
-from benchmarks.studies.shuffle_data import make_store
+from benchmarks.studies.shuffle.data import make_store
 from benchmarks.training import Shapes, TrainingStep, random_batch, step_work
 from eventkern import ops
 from eventkern.data import EventLoader, permutation

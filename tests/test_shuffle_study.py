@@ -12,10 +12,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.studies import shuffle, shuffle_data, shuffle_ladder, shuffle_report, shuffle_timing
-from benchmarks.studies.shuffle_data import NUM_CATEGORIES, PARSERS, Parts
-from benchmarks.studies.shuffle_ladder import ALONE, BASE, FETCH, LARGE_FETCH, ORDER, STORAGE, Layout, judge, ladder
-from benchmarks.studies.shuffle_layers import (
+from benchmarks.studies.shuffle import __main__ as shuffle
+from benchmarks.studies.shuffle import data as shuffle_data
+from benchmarks.studies.shuffle import ladder as shuffle_ladder
+from benchmarks.studies.shuffle import report as shuffle_report
+from benchmarks.studies.shuffle import timing as shuffle_timing
+from benchmarks.studies.shuffle.data import NUM_CATEGORIES, PARSERS, Parts
+from benchmarks.studies.shuffle.ladder import ALONE, BASE, FETCH, LARGE_FETCH, ORDER, STORAGE, Layout, judge, ladder
+from benchmarks.studies.shuffle.layers import (
     IN_ORDER,
     NUM_WORKERS,
     PARQUET,
@@ -26,7 +30,7 @@ from benchmarks.studies.shuffle_layers import (
     worker_layer,
     worker_name,
 )
-from benchmarks.studies.shuffle_timing import Contender, Figure, Pass, Timing, measure, time_pass
+from benchmarks.studies.shuffle.timing import Contender, Figure, Pass, Timing, measure, time_pass
 from eventkern.data import EventStore
 
 NUM_EVENTS = 300

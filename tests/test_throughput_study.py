@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.studies import scaling, shuffle_data, step_timing, study_run, throughput
-from benchmarks.studies import throughput_report as report
-from benchmarks.studies import throughput_tables as tables
-from benchmarks.studies.scaling import fit_exponent, growth, predict
+from benchmarks.studies import step_timing, study_run
+from benchmarks.studies.shuffle import data as shuffle_data
 from benchmarks.studies.step_timing import Contender, PhaseClock, Place, take_turns
 from benchmarks.studies.study_run import UNFINISHED, Notebook, Part, Report
+from benchmarks.studies.throughput import __main__ as throughput
+from benchmarks.studies.throughput import report, scaling, tables
+from benchmarks.studies.throughput.scaling import fit_exponent, growth, predict
 from benchmarks.training import Shapes, TrainingStep, random_batch
 
 TINY = {

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.studies import shuffle_data, step_timing, utilization
-from benchmarks.studies import utilization_data as data
-from benchmarks.studies import utilization_report as report
+from benchmarks.studies import step_timing
+from benchmarks.studies.shuffle import data as shuffle_data
 from benchmarks.studies.step_timing import Place
 from benchmarks.studies.study_run import parser
-from benchmarks.studies.utilization_trace import Moment, account, merged, minus, shared_out
+from benchmarks.studies.utilization import __main__ as utilization
+from benchmarks.studies.utilization import data, report
+from benchmarks.studies.utilization.trace import Moment, account, merged, minus, shared_out
 from benchmarks.training import Shapes
 from eventkern.data import EventLoader, EventStore
 

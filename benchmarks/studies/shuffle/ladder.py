@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import loader_peers
 from benchmarks.loader_peers import as_they_come, dataset_batches, first_of
-from benchmarks.studies import shuffle_data as data
-from benchmarks.studies.shuffle_data import BatchedParts, MappedBatches, MappedRows, Parser, Parts
-from benchmarks.studies.shuffle_layers import (
+from benchmarks.studies.shuffle import data
+from benchmarks.studies.shuffle.data import BatchedParts, MappedBatches, MappedRows, Parser, Parts
+from benchmarks.studies.shuffle.layers import (
     BATCH_SIZE,
     IN_ORDER,
     SHUFFLED,
@@ -28,7 +28,7 @@ from benchmarks.studies.shuffle_layers import (
     both,
     parts_passes,
 )
-from benchmarks.studies.shuffle_timing import Contender, Epochs, Figure, measure
+from benchmarks.studies.shuffle.timing import Contender, Epochs, Figure, measure
 from eventkern.data import EventStore, IndexSampler
 
 NOTED_RATIO = 140.0

@@ -6,11 +6,11 @@ import math
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.studies import scaling
 from benchmarks.studies.results import aligned, seconds_text
 from benchmarks.studies.step_timing import PHASES
 from benchmarks.studies.study_run import Report
-from benchmarks.studies.throughput_report import (
+from benchmarks.studies.throughput import scaling
+from benchmarks.studies.throughput.report import (
     NOTED_EVENTS_PER_S,
     Rows,
     conclusion,

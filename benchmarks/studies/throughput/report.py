@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.studies import scaling
 from benchmarks.studies.results import seconds_text
 from benchmarks.studies.step_timing import PHASES
+from benchmarks.studies.throughput import scaling
 from benchmarks.training import Shapes
 
 NOTED_EVENTS_PER_S = (490.0, 520.0)

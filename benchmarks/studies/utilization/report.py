@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.studies.results import aligned, seconds_text
 from benchmarks.studies.study_run import Report
-from benchmarks.studies.throughput_report import NOTED_EVENTS_PER_S
-from benchmarks.studies.utilization_trace import CAUSES
+from benchmarks.studies.throughput.report import NOTED_EVENTS_PER_S
+from benchmarks.studies.utilization.trace import CAUSES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,9 +15,9 @@ from torch.utils.data import Dataset
 
 from benchmarks import loader_peers
 from benchmarks.loader_peers import INDEX_BATCHES, ROW_BATCHES, as_they_come, dataset_batches, item_batches
-from benchmarks.studies import shuffle_data as data
-from benchmarks.studies.shuffle_data import MappedBatches, MappedRows, Parser, Parts
-from benchmarks.studies.shuffle_timing import Contender, Epochs, Pass
+from benchmarks.studies.shuffle import data
+from benchmarks.studies.shuffle.data import MappedBatches, MappedRows, Parser, Parts
+from benchmarks.studies.shuffle.timing import Contender, Epochs, Pass
 from eventkern.data import EventLoader, EventStore
 
 IN_ORDER, SHUFFLED, WINDOWED = "in order", "shuffled", "windowed"

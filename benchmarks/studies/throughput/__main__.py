@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from benchmarks.studies import scaling
 from benchmarks.studies.step_timing import (
     PRECISIONS,
     Contender,
@@ -35,7 +34,8 @@ from benchmarks.studies.step_timing import (
     with_equal_labels,
 )
 from benchmarks.studies.study_run import Part, devices, parser, run
-from benchmarks.studies.throughput_tables import finish
+from benchmarks.studies.throughput import scaling
+from benchmarks.studies.throughput.tables import finish
 from benchmarks.training import Shapes, TrainingStep, random_batch
 from eventkern.data import EventStore
 from eventkern.data.shipped import open_store

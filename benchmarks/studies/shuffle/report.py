@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.studies import results
-from benchmarks.studies import shuffle_ladder as steps
 from benchmarks.studies.results import aligned, seconds_text
-from benchmarks.studies.shuffle_ladder import Layout, Verdict
-from benchmarks.studies.shuffle_layers import (
+from benchmarks.studies.shuffle import ladder as steps
+from benchmarks.studies.shuffle.ladder import Layout, Verdict
+from benchmarks.studies.shuffle.layers import (
     COLD,
     IN_ORDER,
     NUM_WORKERS,
@@ -19,7 +19,7 @@ from benchmarks.studies.shuffle_layers import (
     WINDOWED,
     worker_name,
 )
-from benchmarks.studies.shuffle_timing import Figure
+from benchmarks.studies.shuffle.timing import Figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas

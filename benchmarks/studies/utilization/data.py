@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.studies.shuffle_data import Parts
-from benchmarks.studies.shuffle_ladder import Lists
+from benchmarks.studies.shuffle.data import Parts
+from benchmarks.studies.shuffle.ladder import Lists
 from benchmarks.training import RandomBatch, Shapes
 from eventkern.data import EventStore, IndexSampler
 
@@ -130,7 +130,7 @@ def loader_batches(
 
 def write_parts(store: EventStore, folder: Path) -> tuple[list[Path], int]:
     """Parquet files of the store's rows in time order, and the rows of each."""
-    from benchmarks.studies.shuffle_data import write_files
+    from benchmarks.studies.shuffle.data import write_files
 
     rows_per_file = min(ROWS_PER_FILE, max(1, store.num_events // 4))
     return write_files(np.asarray(store.codes, np.uint16), folder, rows_per_file), rows_per_file

@@ -27,11 +27,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks.environment import environment
 from benchmarks.studies import results
-from benchmarks.studies import shuffle_data as data
-from benchmarks.studies import shuffle_report as report
-from benchmarks.studies.shuffle_ladder import Layout, Verdict, crossings, judge, ladder, measure_layouts, nearest
-from benchmarks.studies.shuffle_layers import cold_layer, fetch_layer, order_layer, storage_layer, worker_layer
-from benchmarks.studies.shuffle_timing import Contender, Figure, measure
+from benchmarks.studies.shuffle import data, report
+from benchmarks.studies.shuffle.ladder import Layout, Verdict, crossings, judge, ladder, measure_layouts, nearest
+from benchmarks.studies.shuffle.layers import cold_layer, fetch_layer, order_layer, storage_layer, worker_layer
+from benchmarks.studies.shuffle.timing import Contender, Figure, measure
 from eventkern.data import EventStore
 from eventkern.train.device import keep_freed_memory
 

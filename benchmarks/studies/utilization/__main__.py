@@ -28,14 +28,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.peers import PlainEventTransformer
-from benchmarks.studies import shuffle_data
 from benchmarks.studies import step_timing as timing
-from benchmarks.studies import utilization_data as data
-from benchmarks.studies.scaling import same_batch
+from benchmarks.studies.shuffle import data as shuffle_data
 from benchmarks.studies.step_timing import Contender, PhaseClock, Place, not_run, resized
 from benchmarks.studies.study_run import Part, devices, parser, run
-from benchmarks.studies.utilization_report import FEATURES, LOADERS, finish
-from benchmarks.studies.utilization_trace import profiled
+from benchmarks.studies.throughput.scaling import same_batch
+from benchmarks.studies.utilization import data
+from benchmarks.studies.utilization.report import FEATURES, LOADERS, finish
+from benchmarks.studies.utilization.trace import profiled
 from benchmarks.training import Shapes, TrainingStep, random_batch
 from eventkern.data import EventStore
 from eventkern.data.shipped import open_store

@@ -1,0 +1,1 @@
+"""What did shuffling cost? `python -m benchmarks.studies.shuffle` tells, layer by layer."""

@@ -1,0 +1,1 @@
+"""Where did the utilisation go? `python -m benchmarks.studies.utilization` tells what a device waits for."""
