@@ -220,7 +220,10 @@ def test_the_conclusion_follows_the_figures(record: dict[str, Any]) -> None:
         row |= {"window_s": window_s, "windows_per_batch": 8}
     for row, seconds in zip(found["dispatch cpu gpu_optimized"], (0.024, 0.012, 0.012), strict=True):
         row["seconds"] = seconds
+    for row, wait_s in zip(found["ladder cpu gpu_optimized"], (2.4, 0.008, 0.006, 0.001), strict=False):
+        row["phases"]["data"] = wait_s
     text = "\n".join(report.conclusion(found))
+    assert f"2.4 s with {report.FILES} and 8 ms with {report.MEMORY} and 6 ms with {report.ORDER} and 1 ms" in text
     assert "from 100 events/s" in text
     assert "to 1,980, 19.8 times as many" in text
     assert f"{report.ORDER} 1.00x; {report.LOADER} 1.10x; {report.MODEL} 2.00x" in text

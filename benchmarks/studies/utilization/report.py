@@ -91,7 +91,21 @@ def bought_text(device: str, config: str, rows: Rows) -> str:
     return (
         f"{config} on the {device}: from {run[0]['events_per_s']:,.0f} events/s ({run[0]['feature']}) to "
         f"{run[-1]['events_per_s']:,.0f}, {total:.1f} times as many. Each step's events/s over the step before: "
-        f"{listed}. Most came with: {most}."
+        f"{listed}. Most came with: {most}.{waits_text(rows)}"
+    )
+
+
+def waits_text(rows: Rows) -> str:
+    """What the order and the loader can have bought at the most: the wait that they took off the step."""
+    told = by_feature(rows)
+    if not {FILES, MEMORY, ORDER, LOADER} <= told.keys():
+        return ""
+    waits = " and ".join(
+        f"{seconds_text(told[name]['phases']['data'])} with {name}" for name in (FILES, MEMORY, ORDER, LOADER)
+    )
+    return (
+        f" A step waits for data {waits}: order and loader buy at most what they take off that wait, and what their "
+        "ratios show beyond it is the machine's drift."
     )
 
 
