@@ -204,6 +204,8 @@ def test_where_curves_pass_a_level_and_part() -> None:
     ]
     assert parting(late, flat) == 50
     assert parting(flat, flat) is None
+    early = [[value + (step < 50) for step, value in enumerate(curve)] for curve in flat]
+    assert parting(early, flat) is None  # apart at first, and not for good
 
 
 def test_marginal_entropies_are_bounded_by_the_calendar() -> None:
@@ -243,6 +245,11 @@ def test_the_whole_study_ends_with_its_files_and_goes_on_where_it_was(
     assert on_gpu["not_run"] == "not run: torch sees no CUDA device"
     shares = record["shares"]
     assert record["gap"]["mean"] == pytest.approx(forward[-1]["reading"]["mean"] - forward[0]["reading"]["mean"])
+    for name, pair in shares.items():
+        for order, rungs in zip(pair, (forward, record["backward"]), strict=True):
+            place = next(number for number, rung in enumerate(rungs) if rung["name"] == name)
+            rise = rungs[place]["reading"]["mean"] - rungs[place - 1]["reading"]["mean"]
+            assert order["mean"] == pytest.approx(rise, abs=1e-9)
     for order in range(2):
         assert sum(pair[order]["mean"] for pair in shares.values()) == pytest.approx(record["gap"]["mean"])
     assert shares["reduction: mean to sum"][0]["mean"] == pytest.approx(16 * forward[0]["reading"]["mean"], rel=0.05)
