@@ -79,7 +79,7 @@ def curves(findings: Findings) -> Figure:
         axis.axhline(NOTED_GPU / NUM_CATEGORIES, color="grey", linestyle="--")
         axis.set_title(title, loc="left", fontsize=10)
         axis.set_xlabel(f"step (dotted: {NOTED_CPU:g}; dashed: {NOTED_GPU} / {NUM_CATEGORIES})")
-        axis.set_ylim(0, 10.5)
+        axis.set_ylim(0, 13.5)  # room for the legend
         axis.legend(fontsize=6, loc="upper right" if axis is right else "lower left", ncols=2 if axis is right else 1)
     left.set_ylabel("nats a category")
     return canvas
