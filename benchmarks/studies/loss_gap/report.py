@@ -288,9 +288,9 @@ def bug_text(findings: Findings) -> str:
     return (
         f"The bugs of the notes' code, each alone: {'; '.join(parts)}. Adam divides a gradient's scale away, so those "
         f"that rescale the loss change what is learned through the clipping alone, while the mean of the stacked "
-        f"losses prints a {NUM_CATEGORIES}th of the sum. A backward inside forward also adds micro-batches up unweighted, passes the "
-        "loss scale of fp16 by, and leaves nothing to compile as one graph or to synchronise once a step. What a "
-        "transfer in forward and a float returned cost on a GPU, a wait each, a CPU cannot show."
+        f"losses prints a {NUM_CATEGORIES}th of the sum. A backward inside forward also adds micro-batches up "
+        "unweighted, passes the loss scale of fp16 by, and leaves nothing to compile as one graph or to synchronise "
+        "once a step. What a transfer in forward and a float returned cost on a GPU, a wait each, a CPU cannot show."
     )
 
 
