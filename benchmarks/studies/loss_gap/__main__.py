@@ -1,6 +1,6 @@
 """Why did the loss read 85 on the GPU and 4 on the CPU? From one configuration to the other, a factor at a time.
 
-    python -m benchmarks.studies.loss_gap            # under an hour on 2 cores; says its time first, can be resumed
+    python -m benchmarks.studies.loss_gap            # an hour on 2 cores; says its time first, can be resumed
     python -m benchmarks.studies.loss_gap --quick    # under 5 minutes
 
 Every run is seeded (data, initialisation, order) and kept in the work folder as it ends: an interrupted study goes on

@@ -30,7 +30,7 @@ FORMAT = 1
 """Of the file of runs and of what a run does: another number takes none of the runs before."""
 
 GEMM_SHARE, CALL_S = 0.9, 0.006
-"""What a step, mostly in bf16, reaches of float32's rate of matrix products, and what it takes besides: for forecasts."""
+"""What a step, mostly in bf16, reaches of float32's rate of matrix products, and its other seconds: for forecasts."""
 
 
 class Runs:
