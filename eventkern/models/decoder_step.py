@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from eventkern import _C
 from eventkern.models.event_transformer import DecoderLayer
@@ -66,8 +67,20 @@ class PackedLayers:
 
 
 def can_pack(layers: Sequence[DecoderLayer]) -> bool:
-    """Whether the extension knows these layers: float32 on the CPU, of a width and a head dim that it has."""
+    """Whether the extension computes what these layers do: float32 on the CPU, of a width and a head dim that it has.
+
+    Modules of another class than torch's own (adapters, say), hooks that would be passed by, and norms of different
+    epsilons are left to the modules themselves; weights that are parametrised, as integers are, are not.
+    """
     first = layers[0]
+    modules = [module for layer in layers for module in layer.modules()]
+    linears_and_norms = [module for module in modules if isinstance(module, nn.Linear | nn.LayerNorm)]
+    if any(type_before_parametrizations(module) not in (nn.Linear, nn.LayerNorm) for module in linears_and_norms):
+        return False
+    if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
+        return False
+    if len({module.eps for module in linears_and_norms if isinstance(module, nn.LayerNorm)}) > 1:
+        return False
     weights = [weight for layer in layers for weight in layer.parameters()]
     width, num_heads = first.attention_norm.normalized_shape[0], first.attention.num_heads
     return (

@@ -66,11 +66,17 @@ class CachedDecoder:
 
     @torch.no_grad()
     def begin(self, memory_BKD: Tensor) -> None:
-        """Start a window at the streams' vectors."""
+        """Start a window at the streams' vectors.
+
+        Raises:
+            ValueError: vectors of another number of sequences.
+        """
+        if len(memory_BKD) != self.batch_size:
+            raise ValueError(f"memory has {len(memory_BKD)} sequences; want {self.batch_size}, the batch_size")
         self.position = 0
         self._memory = [layer.cross_attention.keys_and_values(memory_BKD) for layer in self._layers]
         config, like = self.model.config, self._memory[0][0]  # of autocast's dtype under autocast
-        if self._caches is None:
+        if self._caches is None or (self._caches.dtype, self._caches.device) != (like.dtype, like.device):
             shape = (2, config.num_heads, padded_length(config.tgt_seq_len), config.d_model // config.num_heads)
             self._caches = like.new_empty(len(self._memory), self.batch_size, *shape)
         is_plain = like.dtype == torch.float32 and can_pack(self._layers)
@@ -81,8 +87,10 @@ class CachedDecoder:
         """The next event (B, C) of the window to the state (B, D) that predicts the one after it.
 
         Raises:
-            ValueError: no window was begun, or it has had its T events.
+            ValueError: no window was begun, or it has had its T events; or events of another number of sequences.
         """
+        if len(events_BC) != self.batch_size:
+            raise ValueError(f"events has {len(events_BC)} sequences; want {self.batch_size}, the batch_size")
         if self._caches is None or self.position >= self.model.config.tgt_seq_len:
             raise ValueError(
                 f"event {self.position} of a window; begin one, of at most {self.model.config.tgt_seq_len}"
@@ -130,7 +138,17 @@ class ClassSampler:
             raise ValueError(f"head_sizes holds {min(self.head_sizes)}; want at least 2: class 0 is padding")
 
     def __call__(self, logits_BV: Tensor, uniforms_BH: Tensor | None) -> Tensor:
-        """Packed logits (B, sum(head_sizes)) and numbers in [0, 1), one a head, to classes (B, H) int32."""
+        """Packed logits (B, sum(head_sizes)) and float32 numbers in [0, 1), (B, H), to classes (B, H) int32.
+
+        Raises:
+            ValueError: logits or numbers of another shape, or numbers of another dtype.
+        """
+        if logits_BV.ndim != 2 or logits_BV.shape[1] != sum(self.head_sizes):
+            raise ValueError(f"logits has shape {tuple(logits_BV.shape)}; want (B, {sum(self.head_sizes)})")
+        wanted = (len(logits_BV), len(self.head_sizes))
+        if uniforms_BH is not None and (uniforms_BH.shape != wanted or uniforms_BH.dtype != torch.float32):
+            seen = f"shape {tuple(uniforms_BH.shape)} and dtype {uniforms_BH.dtype}"
+            raise ValueError(f"uniforms has {seen}; want {wanted} and torch.float32")
         if logits_BV.is_cpu and not is_reference_forced() and (self._is_greedy or self.top_k is not None):
             return self._draw_on_cpu(logits_BV.float(), uniforms_BH)
         classes, start, head = [], 0, 0
@@ -219,7 +237,7 @@ def generate(
 
     Raises:
         ValueError: an argument out of its range, or as many seeds as there are not sequences.
-        FloatingPointError: logits of the last event that are not finite, as weights that are not give.
+        FloatingPointError: logits that are not finite, as weights that are not give.
 
     Source:
         Holtzman et al., 2020, section 5, for sampling with a temperature and among the k likeliest.
@@ -228,7 +246,7 @@ def generate(
     if num_events < 1:
         raise ValueError(f"num_events is {num_events}; want at least 1")
     device = model.heads.weight.device
-    events_BC = history.anchors.to(device)
+    events_BC = history.anchors.to(device, torch.int32)
     batch_size, num_categories = events_BC.shape
     uniforms = None
     if temperature > 0:
@@ -243,23 +261,28 @@ def generate(
     was_training = model.training
     model.eval()
     decoder = CachedDecoder(model, batch_size)
+    trouble = torch.zeros((), device=device)  # stays 0 while all logits are finite, and nobody waits for it
     try:
         with torch.inference_mode():
             for step in range(num_events):
                 if step % model.config.tgt_seq_len == 0:
                     decoder.begin(model.encode(history.sources(generated_BNC[:, :step]).to(device)))
                 logits_BV = F.linear(decoder.step(events_BC), model.heads.weight, model.heads.bias)
+                trouble += 0 * logits_BV.sum(dtype=torch.float32)
                 events_BC = sampler(logits_BV, None if uniforms is None else uniforms[:, step])
                 if columns:
                     events_BC[:, columns] = anchors[:, columns]
                 generated_BNC[:, step] = events_BC
     finally:
         model.train(was_training)
-    if not logits_BV.isfinite().all():
-        raise FloatingPointError(f"the logits of event {num_events} are not finite: the model's weights are broken")
+    if not trouble.isfinite():
+        raise FloatingPointError(
+            f"the logits of {num_events} events are not all finite: the model's weights are broken"
+        )
     return generated_BNC
 
 
 def _uniforms(seeds: Sequence[int], shape: tuple[int, int]) -> Tensor:
     """(B, *shape) float32 in [0, 1), the numbers of each sequence from its own seed; made on the CPU."""
-    return torch.stack([torch.rand(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    numbers = [torch.rand(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(numbers) if numbers else torch.empty(0, *shape)

@@ -165,3 +165,49 @@ def test_a_window_begins_with_the_weights_of_its_time(generator):
         torch.testing.assert_close(after, model.decode(window[:, :1], memory)[:, 0], rtol=1e-4, atol=1e-4)
         assert not torch.allclose(before, after, rtol=1e-3, atol=1e-3)
         before = after
+
+
+def test_what_is_not_torchs_own_computation_is_left_to_the_modules():
+    class Doubled(torch.nn.Linear):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return 2 * super().forward(inputs)
+
+    plain = list(large_model().decoder)
+    assert can_pack(plain)
+    adapted = list(large_model().decoder)
+    adapted[1].feed_forward[0] = Doubled(32, 128)
+    assert not can_pack(adapted)
+    hooked = list(large_model().decoder)
+    hooked[0].attention.register_forward_hook(lambda module, inputs, output: None)
+    assert not can_pack(hooked)
+    eased = list(large_model().decoder)
+    eased[1].feed_forward_norm.eps = 0.1
+    assert not can_pack(eased)
+
+
+def test_windows_of_another_dtype_have_caches_of_their_own(generator):
+    model = large_model()
+    sources = events(generator, 2, CONFIG.num_streams, CONFIG.src_seq_len)
+    first = events(generator, 2)
+    decoder = CachedDecoder(model, 2)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        decoder.begin(model.encode(sources))
+        decoder.step(first)
+    fresh = CachedDecoder(model, 2)
+    for each in (decoder, fresh):
+        with torch.no_grad():
+            each.begin(model.encode(sources))
+    assert torch.equal(decoder.step(first), fresh.step(first))
+    assert decoder._caches.dtype == torch.float32
+
+
+def test_other_numbers_of_sequences_are_refused(generator):
+    model = large_model()
+    decoder = CachedDecoder(model, 3)
+    with torch.no_grad():
+        memory = model.encode(events(generator, 2, CONFIG.num_streams, CONFIG.src_seq_len))
+    with pytest.raises(ValueError, match="memory has 2 sequences; want 3, the batch_size"):
+        decoder.begin(memory)
+    decoder.begin(torch.cat([memory, memory[:1]]))
+    with pytest.raises(ValueError, match="events has 2 sequences; want 3, the batch_size"):
+        decoder.step(events(generator, 2))

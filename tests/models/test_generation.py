@@ -166,7 +166,7 @@ def test_weights_that_are_broken_are_told_and_the_mode_comes_back(model, past, t
     model.train()
     with torch.no_grad():
         model.heads.weight[20:] = torch.nan
-    with pytest.raises(FloatingPointError, match="the logits of event 9 are not finite"):
+    with pytest.raises(FloatingPointError, match="the logits of 9 events are not all finite"):
         generate(model, past, 9, top_k=top_k, seeds=[1, 2, 3])
     assert model.training
 
@@ -308,3 +308,22 @@ def test_equal_logits_are_drawn_alike_and_nan_draws_some_class(generator):
         assert ((counts[1:21] - DRAWS / 20).abs() < 5 * (DRAWS / 20) ** 0.5).all()
         broken = ClassSampler((size,), 1.0, 20)(torch.full((7, size), torch.nan), uniforms[:7])
         assert ((broken >= 1) & (broken < size)).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_and_numbers_of_another_shape_are_refused(temperature):
+    sampler = ClassSampler((5, 40), temperature, top_k=3)
+    with pytest.raises(ValueError, match=r"logits has shape \(1, 7\); want \(B, 45\)"):
+        sampler(torch.zeros(1, 7), None)
+    with pytest.raises(ValueError, match=r"uniforms has shape \(2, 1\) .*; want \(2, 2\) and torch.float32"):
+        sampler(torch.zeros(2, 45), torch.zeros(2, 1))
+    with pytest.raises(ValueError, match=r"uniforms has shape \(2, 2\) and dtype torch.float64"):
+        sampler(torch.zeros(2, 45), torch.zeros(2, 2, dtype=torch.float64))
+
+
+def test_one_event_of_broken_logits_is_told_though_later_ones_are_whole(model, past):
+    with torch.no_grad():
+        model.target_positions.table[1] = torch.nan
+    length = model.config.tgt_seq_len
+    with pytest.raises(FloatingPointError, match="not all finite"):
+        generate(model, past, length + 1, temperature=0)
