@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from benchmarks.studies.loss_gap import __main__ as study
+from benchmarks.studies.loss_gap import report, settings, streams, training
 from benchmarks.studies.loss_gap import runs as playing
-from benchmarks.studies.loss_gap import settings, streams, training
 from benchmarks.studies.loss_gap.attribution import Estimate, contributions, difference, first_below, parting
+from benchmarks.studies.loss_gap.findings import BASE, Findings, Reference, Rung
 from benchmarks.studies.loss_gap.runs import Runs
 from benchmarks.studies.loss_gap.settings import Plan, Setting, Sizes
 from benchmarks.studies.loss_gap.training import Run, Stepper, build_model, missing, train
@@ -41,7 +42,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The study on streams of three employees and models of width 8."""
-    monkeypatch.setattr(streams, "STREAMS", {"workforce": SMALL, "many_ids": replace(SMALL, seed=1)})
+    monkeypatch.setattr(
+        streams, "STREAMS", {"workforce": SMALL, **dict.fromkeys(("many_ids", "natural_sizes"), replace(SMALL, seed=1))}
+    )
     configs = tmp_path / "configs"
     configs.mkdir()
     cpu = {**SIZES, "id_category_size": 20, "batch_size": 4, "model": MODEL}
@@ -262,6 +265,54 @@ def test_the_whole_study_ends_with_its_files_and_goes_on_where_it_was(
         picture = record_path.with_name(f"{record_path.stem}-{name}.png")
         assert picture.read_bytes().startswith(b"\x89PNG")
         assert f"]({picture.name})" in text
+
+
+def stood(name: str, first: float, last: float, *ids: tuple[float, float]) -> Rung:
+    """Runs of three seeds beside the GPU's configuration, 17 alike but for the two that the notes tell of."""
+    setting = replace(settings.gpu_setting(10, "cpu"), id_category_size=1000)
+    runs = []
+    for seed, (actor, location) in enumerate(ids):
+        nats = [last] * 17
+        nats[1], nats[3] = actor, location
+        steps = [first, *[last] * 9]
+        runs.append(Run(setting, seed, readings=steps, nats=steps, tenths=[nats] * 10, validation=nats))
+    return Rung(name, setting, runs, Reference(math.log(1000), 2.3, 0.6, 0.14))
+
+
+def test_the_text_blames_what_stands_out_beyond_its_interval_alone(folder: Path) -> None:
+    findings = object.__new__(Findings)
+    findings.category_names = streams.open_stream("workforce", folder).schema.category_names
+    base = stood(BASE, 6.91, 5.8, *[(6.0, 5.7)] * 3)
+    clear = stood("initialisation: clear", 9.9, 5.0, (8.0, 7.5), (8.1, 7.6), (8.2, 7.7))
+    doubtful = stood("in order, doubtful", 9.9, 5.0, (9.8, 7.6), (9.9, 6.8), (9.9, 7.2))
+    still = stood("optimizer: still", 6.92, 6.87, *[(6.9, 6.9)] * 3)
+    findings.suspects = {"large": [base, clear, doubtful, still]}
+    text = report.worse_than_guessing_text(findings)
+    blamed = text.rpartition("beyond their intervals, with: **")[2]
+    assert "initialisation: clear (in validation)" in blamed
+    assert "doubtful" not in blamed
+    assert "doubtful" in text
+    findings.suspects = {"large": [base, doubtful, still]}
+    assert "With none of these" in report.worse_than_guessing_text(findings)
+    findings.forward = [base]
+    told = report.flat_text(findings)
+    assert "optimizer: still: 117.6 to 116.9" in told
+    assert "doubtful" not in told.partition("Of the suspects")[2]
+    findings.suspects = {"large": [base, doubtful]}
+    assert "None of the suspects here stays where it began." in report.flat_text(findings)
+
+
+def test_stations_are_claimed_where_both_were_passed() -> None:
+    findings = object.__new__(Findings)
+    findings.plan = Plan(Sizes(10, 10, 3), "cpu")
+    low, high = stood("small", 4.6, 3.4, *[(3.0, 3.0)] * 3), stood("large", 6.9, 5.7, *[(5.0, 5.0)] * 3)
+    findings.forward = [low, high]
+    assert report.state_text(findings) == (
+        "On the way down the CPU's configuration falls below 4 at step 2, the GPU's does not fall below 85.9 in these "
+        "steps."
+    )
+    findings.forward = [low, stood("large", 6.9, 4.9, *[(5.0, 5.0)] * 3)]
+    assert "So 4 and 85.9 are stations" in report.state_text(findings)
 
 
 @pytest.mark.parametrize(

@@ -61,9 +61,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the study and write its results; returns the exit code."""
     options = parse(arguments)
     console = Console()
-    facts = environment(options.device)
+    facts = {**environment(options.device), "threads": options.threads}
     plan = Plan(Sizes(options.steps, options.long_steps, options.seeds), options.device)
-    runs = Runs(options.work_dir / "runs.jsonl", options.threads)
+    runs = Runs(options.work_dir / "runs.jsonl", options.threads, str(facts["commit"]))
     wanted = runs.wanted(plan.settings(), plan.seeds)
     minutes = forecast_s(wanted, options.jobs) / 60
     console.print(f"{len(wanted)} runs to play, about {minutes:.0f} minutes with {options.jobs} at a time")

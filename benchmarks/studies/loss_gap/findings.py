@@ -119,7 +119,10 @@ class Findings:
     def __init__(self, plan: Plan, runs: Runs, folder: Path, step_s: dict[str, float]) -> None:
         self.plan = plan
         self.step_s = step_s
-        self.category_names = open_stream("workforce", folder).schema.category_names
+        workforce = open_stream("workforce", folder)
+        self.category_names = workforce.schema.category_names
+        self.num_windows = len(workforce.anchors("train", plan.forward[0].tgt_seq_len))
+        self.commits = sorted({runs.commits[runs.key(run.setting, run.seed)] for run in self._all(plan, runs)})
         self._references: dict[tuple[str, int], Reference] = {}
 
         def rung(name: str, setting: Setting) -> Rung:
@@ -139,6 +142,10 @@ class Findings:
         self.bugs = [rung(name, setting) for name, setting in plan.bugs.items()]
         self.precisions = [rung(name, setting) for name, setting in plan.precisions.items()]
         self.remedies = [rung(name, setting) for name, setting in plan.remedies.items()]
+
+    @staticmethod
+    def _all(plan: Plan, runs: Runs) -> list[Run]:
+        return [run for setting in plan.settings() for run in runs.of(setting, plan.seeds)]
 
     def _reference(self, setting: Setting, folder: Path) -> Reference:
         key = setting.stream, setting.id_category_size
@@ -180,6 +187,11 @@ class Findings:
         """Those of the two categories that the notes tell of."""
         return {name: nats[self.category_names.index(name)] for name in NOTED_IDS}
 
+    def noted_estimates(self, rung: Rung, tenth: int | None) -> dict[str, Estimate]:
+        """The two categories' training nats in a tenth (from 1), or with None their validation nats, over the seeds."""
+        by_seed = [self.noted_ids(run.validation if tenth is None else run.tenths[tenth - 1]) for run in rung.runs]
+        return {name: Estimate.of([ids[name] for ids in by_seed]) for name in NOTED_IDS}
+
     def record(self) -> dict[str, Any]:
         """For the JSON file."""
 
@@ -188,6 +200,8 @@ class Findings:
 
         return {
             "category_names": self.category_names,
+            "run_commits": self.commits,
+            "training_windows": self.num_windows,
             "seeds": list(self.plan.seeds),
             "gap": vars(self.gap),
             "shares": {name: [vars(each) for each in pair] for name, pair in self.shares().items()},

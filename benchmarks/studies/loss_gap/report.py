@@ -15,6 +15,9 @@ NUM_CATEGORIES = 17
 STILL = 0.02
 """Share of its first loss by which a run that learns nothing falls at most."""
 
+NOTHING = 0.005
+"""Share of the gap that is called nothing."""
+
 
 def tables(findings: Findings) -> list[str]:
     """All tables under their headings."""
@@ -22,7 +25,7 @@ def tables(findings: Findings) -> list[str]:
     parts += ["## The same factors in the other order", ladder_table(findings.backward)]
     parts += ["## What each factor carries", share_table(findings)]
     for base, rungs in findings.suspects.items():
-        parts += [f"## Suspects beside {base}: one change each", suspect_table(findings, rungs)]
+        parts += [f"## Suspects beside {base}", suspect_table(findings, rungs)]
     parts += ["## The notes' bugs, on cpu_baseline with the sum and 8 micro-batches a step", bug_table(findings)]
     long = findings.precisions[0].setting
     parts += [
@@ -35,16 +38,16 @@ def tables(findings: Findings) -> list[str]:
 
 def ladder_table(rungs: list[Rung]) -> str:
     """Rungs with the loss in the notes' units and against what is known."""
-    head = ("rung", "reads", "nats a category", "of ln(classes)", "above marginal", "above floor", "validation nats")
+    head = ("rung", "reads", "nats a category", "validation nats", "of ln(classes)", "above marginal", "above floor")
     lines: list[tuple[str, ...]] = [head]
     for rung in rungs:
         if rung.reason:
             lines.append((rung.name, rung.reason, *[""] * 5))
             continue
-        nats, known = rung.nats.mean, rung.reference
-        above_floor = "not known" if math.isnan(known.floor) else f"{nats - known.floor:+.2f}"
-        relative = (f"{nats / known.guessing:.2f}", f"{nats - known.marginal:+.2f}", above_floor)
-        lines.append((rung.name, str(rung.reading), str(rung.nats), *relative, str(rung.validation)))
+        validation, known = rung.validation.mean, rung.reference
+        above_floor = "not known" if math.isnan(known.floor) else f"{validation - known.floor:+.2f}"
+        relative = (f"{validation / known.guessing:.2f}", f"{validation - known.marginal:+.2f}", above_floor)
+        lines.append((rung.name, str(rung.reading), str(rung.nats), str(rung.validation), *relative))
     return aligned(lines)
 
 
@@ -69,7 +72,8 @@ def suspect_table(findings: Findings, rungs: list[Rung]) -> str:
             continue
         tenth, nats = findings.at_noted_sum(rung)
         told = [f"{value:.2f}" for each in (nats, rung.validated) for value in findings.noted_ids(each).values()]
-        against = signed(findings.against_base(rung, rungs)) if rung.name != BASE else ""
+        is_comparable = rung.name != BASE and rung.setting.num_steps == rungs[0].setting.num_steps
+        against = signed(findings.against_base(rung, rungs)) if is_comparable else ""
         lines.append(
             (rung.name, f"{rung.first:.2f}", str(rung.nats), against, f"{math.fsum(nats):.1f}, {tenth}", *told)
         )
@@ -146,12 +150,17 @@ def conclusion(findings: Findings) -> list[str]:
 def gap_text(findings: Findings) -> str:
     """What was reproduced."""
     small, large, sizes = findings.forward[0], findings.forward[-1], findings.plan.sizes
+    shares = [
+        100 * sizes.num_steps * rung.setting.batch_size * rung.setting.grad_accum / findings.num_windows
+        for rung in (small, large)
+    ]
     return (
-        f"After {sizes.num_steps} optimizer steps on the workforce stream ({sizes.seeds} seeds, 95 % intervals) the "
-        f"configuration of the CPU reads {small.reading} and that of the GPU {large.reading}, in the units that each "
-        f"prints: a mean over {NUM_CATEGORIES} categories there, a sum here. In the same unit that is "
-        f"{small.nats.mean:.2f} against {large.nats.mean:.2f} nats a category. The notes' {NOTED_GPU} is a mean of "
-        f"{NOTED_GPU / NUM_CATEGORIES:.2f}."
+        f"After {sizes.num_steps} optimizer steps on the workforce stream ({sizes.seeds} seeds of initialisation and "
+        f"order, 95 % intervals) the configuration of the CPU reads {small.reading} and that of the GPU "
+        f"{large.reading}, in the units that each prints: a mean over {NUM_CATEGORIES} categories there, a sum here. "
+        f"In the same unit that is {small.nats.mean:.2f} against {large.nats.mean:.2f} nats a category. The notes' "
+        f"{NOTED_GPU} is a mean of {NOTED_GPU / NUM_CATEGORIES:.2f}. The steps are {shares[0]:.2g} % of an epoch with "
+        f"the one and {shares[1]:.2g} % with the other, where the notes tell of whole epochs."
     )
 
 
@@ -165,12 +174,12 @@ def share_text(findings: Findings) -> str:
         f"({100 * shares[name][0].mean / gap:.0f} or {100 * shares[name][1].mean / gap:.0f} %)"
         for name in by_size
     ]
-    unclear = [name for name in shares if not any(each.differs_from_zero for each in shares[name])]
-    doubt = f" Not told from nothing in either order: {', '.join(unclear)}." if unclear else ""
+    nothing = [name for name in shares if all(abs(each.mean) < NOTHING * abs(gap) for each in shares[name])]
+    doubt = f" Next to nothing in either order (below {100 * NOTHING:g} %): {', '.join(nothing)}." if nothing else ""
     return (
         f"Of the {gap:.1f} between them each factor carries, in the order of the ladder or in the other: "
-        f"{'; '.join(parts)}. **{by_size[0]}** carries most. The orders differ because a sum multiplies whatever loss "
-        f"it meets by {NUM_CATEGORIES}.{doubt}"
+        f"{'; '.join(parts)}. **{by_size[0]}** carries most. What a factor adds depends on those before it, and a sum "
+        f"multiplies it by {NUM_CATEGORIES}, hence the difference between the orders.{doubt}"
     )
 
 
@@ -179,11 +188,10 @@ def state_text(findings: Findings) -> str:
     window = max(1, findings.plan.sizes.num_steps // 20)
     small = first_below(findings.forward[0].curve, NOTED_CPU, window)
     large = first_below([NUM_CATEGORIES * value for value in findings.forward[-1].curve], NOTED_GPU, window)
-    return (
-        "Both numbers are stations that such runs pass on their way down: the CPU's configuration "
-        f"{passed(small, NOTED_CPU)}, the GPU's {passed(large, NOTED_GPU)}. So 4 and 85.9 tell how far each had come, "
-        "not how good each can be."
-    )
+    told = f"On the way down the CPU's configuration {passed(small, NOTED_CPU)}, the GPU's {passed(large, NOTED_GPU)}."
+    if small is None or large is None:
+        return told
+    return f"{told} So 4 and 85.9 are stations that such runs pass, and tell how far each had come."
 
 
 def passed(step: int | None, level: float) -> str:
@@ -195,65 +203,77 @@ def flat_text(findings: Findings) -> str:
     large = findings.forward[-1]
     known, most = large.reference, most_marginal(large.setting.id_category_size)
     still = [
-        rung.name for rung in findings.large if not rung.reason and rung.first - rung.nats.mean < STILL * rung.first
+        f"{rung.name}: {NUM_CATEGORIES * rung.first:.1f} to {NUM_CATEGORIES * rung.nats.mean:.1f}"
+        for rung in findings.large
+        if not rung.reason and rung.first - rung.nats.mean < STILL * rung.first
     ]
     shown = (
-        f"Of the suspects here these stay within {100 * STILL:.0f} % of where they began: {', '.join(still)}."
+        f"Of the suspects here these move by less than {100 * STILL:.0f} % in their steps: {'; '.join(still)}."
         if still
         else "None of the suspects here stays where it began."
     )
+    spread = math.sqrt(max(0.0, 2 * (NOTED_GPU - most) / NUM_CATEGORIES))
     return (
-        f"A loss that stays at {NOTED_GPU} for five epochs is no floor and no plateau of frequencies. Guessing costs "
-        f"{NUM_CATEGORIES * known.guessing:.1f} at {large.setting.id_category_size} classes; the marginal entropies "
-        f"add up to {NUM_CATEGORIES * known.marginal:.1f} in this stream, and in any data of that schema to {most:.1f} "
-        f"at most, since a flag has two values, a month twelve, a minute sixty. {NOTED_GPU} lies "
-        f"{NOTED_GPU - most:.1f} above even that: such a model has not learned how often each class occurs, which the "
-        f"biases of the heads alone learn in every run here that learns at all. So for five epochs its updates did not "
-        f"arrive, were too small to matter, or undid one another. {shown}"
+        f"A loss that stays at {NOTED_GPU} for five epochs is no plateau of frequencies. The marginal entropies add up "
+        f"to {NUM_CATEGORIES * known.marginal:.1f} in this stream, and in any data of that schema to {most:.1f} at "
+        f"most, since a flag has two values, a month twelve, a minute sixty. {NOTED_GPU} lies {NOTED_GPU - most:.1f} "
+        "above even that, so such a model knows less than how often each class occurs. If every category had "
+        f"{large.setting.id_category_size} classes, as taken here, guessing would cost "
+        f"{NUM_CATEGORIES * known.guessing:.1f}, and a run whose updates do not arrive would stay there or above. If "
+        f"categories have their natural numbers of classes, guessing costs about {most:.1f}, and a model that never "
+        f"learned reads {NOTED_GPU} where its logits have a standard deviation of {spread:.2f}: a hypothesis that the "
+        f"next paragraph meets again. {shown}"
     )
 
 
 def worse_than_guessing_text(findings: Findings) -> str:
     """What to make of 7.8 and 7.6 nats at 1,000 classes."""
     large = findings.large
-    guessing = large[0].reference.guessing
+    base = large[0]
+    guessing = math.log(base.setting.id_category_size)
     noted = ", ".join(f"{name} {value}" for name, value in NOTED_IDS.items())
-    base = next(rung for rung in large if rung.name == BASE)
     told, caught = [], []
     for rung in large:
-        if rung.reason or not ("initialisation" in rung.name or "order" in rung.name or "actors" in rung.name):
+        words = ("initialisation", "order", "actors", "norm")
+        if rung.reason or not any(word in rung.name for word in words):
             continue
-        _, nats = findings.at_noted_sum(rung)
-        trained, validated = findings.noted_ids(nats), findings.noted_ids(rung.validated)
+        tenth, nats = findings.at_noted_sum(rung)
+        trained, validated = findings.noted_estimates(rung, tenth), findings.noted_estimates(rung, None)
+        places = ((trained, f"in training, at a sum of {math.fsum(nats):.1f}"), (validated, "in validation"))
         told.append(
-            f"{rung.name}: first loss {rung.first:.2f}; when the sum is {math.fsum(nats):.1f}, {pair_text(trained)}; "
-            f"at the end in validation {pair_text(validated)}"
+            f"{rung.name}: first loss {rung.first:.2f}, "
+            + ", ".join(f"{where} {pair_text(ids)}" for ids, where in places)
         )
-        for ids, where in ((trained, f"in training, at a sum of {math.fsum(nats):.1f}"), (validated, "in validation")):
-            if all(value > guessing for value in ids.values()):
-                caught.append(f"{rung.name} ({where}: {pair_text(ids)})")
+        caught += [
+            f"{rung.name} ({where})"
+            for ids, where in places
+            if all(each.mean - each.half_width > guessing for each in ids.values())
+        ]
     fp32 = next((rung for rung in large if rung.name == "precision: fp32"), None)
     half = (
-        f"bf16 moves the mean by {abs(findings.against_base(fp32, large).mean):.3f} nats"
+        f"autocast to bf16 moves the mean by {abs(findings.against_base(fp32, large).mean):.4f} nats here"
         if fp32 is not None and not fp32.reason
         else "bf16 was not compared here"
     )
     verdict = (
-        f"Both categories are worse than guessing with: **{'; '.join(caught)}**."
+        f"Both categories are worse than guessing, beyond their intervals, with: **{'; '.join(caught)}**."
         if caught
-        else "With none of these are both categories worse than guessing."
+        else "With none of these are both categories worse than guessing beyond their intervals."
     )
     return (
-        f"The notes read {noted} nats, where guessing among 1,000 classes costs {guessing:.2f}. A sum cannot lift one "
-        f"category above guessing, and {half}. Logits of variance v that know nothing cost ln V + v / 2 on average, so "
-        f"7.8 is what logits of standard deviation {math.sqrt(2 * (NOTED_IDS['ActorRecordId'] - guessing)):.2f} cost. "
-        f"As it is, the first loss is {base.first:.2f}. {'. '.join(told)}. {verdict}"
+        f"The notes read {noted} nats, where guessing among {base.setting.id_category_size:,} classes costs "
+        f"{guessing:.2f}. A sum cannot lift one category above guessing, and {half}. Logits of variance v that know "
+        f"nothing cost ln V + v / 2 on average, so 7.8 is what logits of standard deviation "
+        f"{math.sqrt(2 * (NOTED_IDS['ActorRecordId'] - guessing)):.2f} cost. {'. '.join(told)}. {verdict}"
     )
 
 
-def pair_text(ids: dict[str, float]) -> str:
+def pair_text(ids: dict[str, Estimate]) -> str:
     """The nats of the two categories."""
-    return " and ".join(f"{value:.2f}" for value in ids.values())
+    return " and ".join(
+        f"{each.mean:.2f}" + ("" if math.isnan(each.half_width) else f" ± {each.half_width:.2f}")
+        for each in ids.values()
+    )
 
 
 def target_text(findings: Findings) -> str:
@@ -265,12 +285,13 @@ def target_text(findings: Findings) -> str:
         step = first_below(rung.curve, NOTED_TARGET, max(1, rung.setting.num_steps // 20))
         events = rung.setting.predictions_of_a_step * (step or rung.setting.num_steps)
         words.append(
-            f"with {rung.name} and {rung.setting.grad_accum} micro-batches of {rung.setting.batch_size} a step the "
-            f"mean {passed(step, NOTED_TARGET)} ({events:,} predicted events) and is {rung.nats.mean:.2f} at the end"
+            f"with {rung.name}, {rung.setting.grad_accum} x {rung.setting.batch_size} windows a step, the mean "
+            f"{passed(step, NOTED_TARGET)} ({events:,} predicted events) and is {rung.nats.mean:.2f} at the end"
         )
+    marginal = findings.forward[-1].reference.marginal
     return (
-        f"The GPU's configuration gets under the notes' target, a mean of {NOTED_TARGET}, by training at a rate that "
-        f"suits it, initialised as eventkern does, shuffled: {'; '.join(words)}."
+        f"The notes' target for the GPU's configuration is a mean of {NOTED_TARGET}: {'; '.join(words)}. On this "
+        f"stream that is no high aim: counting frequencies gives {marginal:.2f}."
     )
 
 
@@ -286,7 +307,7 @@ def bug_text(findings: Findings) -> str:
         times = findings.step_s[rung.name] / findings.step_s[clean.name]
         parts.append(f"{rung.name} {signed(nats, 3)} validation nats, {times:.2f} times the step")
     return (
-        f"The bugs of the notes' code, each alone: {'; '.join(parts)}. Adam divides a gradient's scale away, so those "
+        f"The bugs of the notes' code: {'; '.join(parts)}. Adam divides a gradient's scale away, so those "
         f"that rescale the loss change what is learned through the clipping alone, while the mean of the stacked "
         f"losses prints a {NUM_CATEGORIES}th of the sum. A backward inside forward also adds micro-batches up "
         "unweighted, passes the loss scale of fp16 by, and leaves nothing to compile as one graph or to synchronise "
@@ -299,7 +320,7 @@ def precision_text(findings: Findings) -> str:
     plain = findings.precisions[0]
     if plain.reason:
         return f"Precisions were not compared: {plain.reason}."
-    words = [f"fp32 ends at {plain.validation} validation nats"]
+    words = [f"fp32 ends at {plain.validation} validation nats a category"]
     for rung in findings.precisions[1:]:
         if rung.reason:
             words.append(f"{rung.name} {rung.reason}")
@@ -308,9 +329,12 @@ def precision_text(findings: Findings) -> str:
         words.append(
             f"{rung.name} {signed(validation_difference(rung, plain), 4)} from it, "
             f"{sum(run.skipped for run in rung.runs)} steps skipped, "
-            + ("never apart" if step is None else f"apart from step {step:,} on")
+            + ("not told apart by these seeds" if step is None else f"apart from step {step:,} on")
         )
-    return f"Over {plain.setting.num_steps:,} steps of cpu_baseline: {'; '.join(words)}."
+    return (
+        f"Over {plain.setting.num_steps:,} steps of cpu_baseline at {plain.setting.lr:g}, autocast over float32 "
+        f"weights: {'; '.join(words)}."
+    )
 
 
 def unknown_text(findings: Findings) -> str:
@@ -320,6 +344,8 @@ def unknown_text(findings: Findings) -> str:
         "What cannot be inferred without the notes' data and logs: the entropies of their categories, and so where "
         "their runs stood between marginal and floor; which reduction, rate and initialisation each run had (taken "
         f"here: a mean at {rates[-1]:g} on the CPU, a sum at {rates[0]:g} on the GPU, eventkern's initialisation "
-        "unless said); after how many steps the readings were taken; and which of the causes that keep a loss flat was "
-        "theirs. That 85.9 is a sum is inferred, too: as a mean it would mean probabilities of 10^-37."
+        "unless said); whether all categories had id_category_size classes, as taken here, or their natural numbers; "
+        "whether the weights themselves were bf16, where small updates round away, which was not tried; after how "
+        "many steps the readings were taken; and which of the causes that keep a loss flat was theirs. That 85.9 is a "
+        "sum is inferred, too: as a mean it would mean probabilities of 10^-37."
     )

@@ -9,9 +9,10 @@ import multiprocessing
 import signal
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from rich.progress import Progress
 
 from benchmarks.measure import rotations
 from benchmarks.studies.loss_gap.settings import Setting
-from benchmarks.studies.loss_gap.streams import open_stream
+from benchmarks.studies.loss_gap.streams import open_stream, stream_name
 from benchmarks.studies.loss_gap.training import Run, Stepper, missing, train
 from eventkern.data import EventBatch
 from eventkern.hardware import gemm_rate
@@ -39,11 +40,17 @@ class Runs:
     Args:
         path: the file, made by the first run; a last line cut short by a crash is dropped.
         threads: of each run; another number adds in another order, so its runs are not taken.
+        commit: that runs are played at from now on.
+
+    Attributes:
+        commits: of each run by its key.
     """
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, commit: str = "unknown") -> None:
         self.path = path
         self.threads = threads
+        self.commit = commit
+        self.commits: dict[str, str] = {}
         self._found: dict[str, Run] = {}
         if not path.exists():
             return
@@ -54,10 +61,14 @@ class Runs:
         for line in lines:
             entry = json.loads(line)
             self._found[entry["key"]] = Run.from_dict(entry["run"])
+            self.commits[entry["key"]] = entry["commit"]
 
     def key(self, setting: Setting, seed: int) -> str:
         """Names a run by all that its numbers depend on."""
-        facts = [FORMAT, torch.__version__, torch.backends.cpu.get_cpu_capability(), self.threads, seed]
+        machine = torch.backends.cpu.get_cpu_capability()
+        if setting.device == "cuda":
+            machine += f" {torch.cuda.get_device_name()}"
+        facts = [FORMAT, torch.__version__, machine, self.threads, seed, stream_name(setting.stream)]
         return hashlib.sha256(json.dumps([*facts, setting.to_dict()]).encode()).hexdigest()[:16]
 
     def get(self, setting: Setting, seed: int) -> Run | None:
@@ -66,9 +77,10 @@ class Runs:
     def add(self, run: Run) -> None:
         key = self.key(run.setting, run.seed)
         self._found[key] = run
+        self.commits[key] = self.commit
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
-            file.write(json.dumps({"key": key, "run": run.to_dict()}) + "\n")
+            file.write(json.dumps({"key": key, "commit": self.commit, "run": run.to_dict()}) + "\n")
 
     def of(self, setting: Setting, seeds: Iterable[int]) -> list[Run]:
         """The runs of a setting, in the order of the seeds; none where the machine cannot run it.
@@ -129,16 +141,15 @@ def play(runs: Runs, wanted: list[tuple[Setting, int]], folder: Path, jobs: int,
         open_stream(stream, folder)  # made by this process alone
     task = progress.add_task("runs", total=sum(operations(setting) for setting, _ in wanted))
     if jobs == 1:
-        before = torch.get_num_threads()
-        torch.set_num_threads(runs.threads)
-        for setting, seed in wanted:
-            runs.add(train(open_stream(setting.stream, folder), setting, seed))
-            progress.advance(task, operations(setting))
-        torch.set_num_threads(before)
+        with threads_for_now(runs.threads):
+            for setting, seed in wanted:
+                runs.add(train(open_stream(setting.stream, folder), setting, seed))
+                progress.advance(task, operations(setting))
         return
     workers = ProcessPoolExecutor(
         jobs, mp_context=multiprocessing.get_context("spawn"), initializer=begin_worker, initargs=(runs.threads,)
     )
+    others = set(multiprocessing.active_children())
     try:
         futures = {workers.submit(played, folder, *pair): pair for pair in wanted}
         for future in as_completed(futures):
@@ -148,7 +159,9 @@ def play(runs: Runs, wanted: list[tuple[Setting, int]], folder: Path, jobs: int,
         raise RuntimeError("a worker process died (out of memory?); runs that had ended are kept") from error
     finally:
         workers.shutdown(wait=False, cancel_futures=True)
-        for worker in multiprocessing.active_children():  # else the interpreter waits for what they are at
+        for worker in (
+            set(multiprocessing.active_children()) - others
+        ):  # else the interpreter waits for what they are at
             worker.terminate()
 
 
@@ -156,8 +169,7 @@ def begin_worker(threads: int) -> None:
     """Readies a worker process."""
     torch.set_num_threads(threads)
     keep_freed_memory()
-    # Ctrl-C reaches the whole group; the parent decides.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
 
 
 def played(folder: Path, setting: Setting, seed: int) -> Run:
@@ -167,18 +179,27 @@ def played(folder: Path, setting: Setting, seed: int) -> Run:
 
 def step_times(settings: dict[str, Setting], folder: Path, rounds: int, threads: int) -> dict[str, float]:
     """Median seconds of a step of each setting that can be run, a step of each in turn."""
+    with threads_for_now(threads):
+        steppers = {
+            name: Stepper(open_stream(setting.stream, folder), setting, 0)
+            for name, setting in settings.items()
+            if not missing(setting)
+        }
+        times_s: dict[str, list[float]] = {name: [] for name in steppers}
+        for order in itertools.islice(rotations(list(steppers)), rounds + 1):
+            for name in order:
+                start_s = time.perf_counter()
+                steppers[name].step()
+                times_s[name].append(time.perf_counter() - start_s)
+    return {name: statistics.median(times[1:]) for name, times in times_s.items()}
+
+
+@contextmanager
+def threads_for_now(threads: int) -> Iterator[None]:
+    """torch's threads inside; afterwards as many as before."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    steppers = {
-        name: Stepper(open_stream(setting.stream, folder), setting, 0)
-        for name, setting in settings.items()
-        if not missing(setting)
-    }
-    times_s: dict[str, list[float]] = {name: [] for name in steppers}
-    for order in itertools.islice(rotations(list(steppers)), rounds + 1):
-        for name in order:
-            start_s = time.perf_counter()
-            steppers[name].step()
-            times_s[name].append(time.perf_counter() - start_s)
-    torch.set_num_threads(before)
-    return {name: statistics.median(times[1:]) for name, times in times_s.items()}
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

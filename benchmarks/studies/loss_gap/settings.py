@@ -140,7 +140,7 @@ def ladder(start: Setting, steps: list[Factor]) -> list[Setting]:
 
 
 def suspects(base: Setting) -> dict[str, Setting]:
-    """What may have been different besides: one change each to `base`, by name."""
+    """What may have been different besides: `base` with a change, or with some together, by name."""
     plain: dict[str, Any] = {"initialisation": "torch_without_norm"}
     longer = {"num_steps": base.num_steps * 5 // 2}
     changes: dict[str, dict[str, Any]] = {
@@ -161,13 +161,18 @@ def suspects(base: Setting) -> dict[str, Setting]:
         "precision: tf32": {"precision": "tf32"},
         "precision: fp16": {"precision": "fp16"},
         "device: cuda": {"device": "cuda"},
-        "950 actors and sites": {"stream": "many_ids"},
+        "a stream of 950 actors and sites": {"stream": "many_ids"},
         "950 actors and sites; torch's, no norm": {**plain, "stream": "many_ids"},
         f"950 actors and sites; torch's, no norm, {longer['num_steps']} steps": {
             **plain,
             **longer,
             "stream": "many_ids",
         },
+    }
+    changes["untrained: SGD, first logits of sd 1.34, 950 actors and sites, categories of natural sizes"] = {
+        "optimizer": "sgd",
+        "initialisation": "logits_1.34",
+        "stream": "natural_sizes",
     }
     return {name: replace(base, **change) for name, change in changes.items() if replace(base, **change) != base}
 

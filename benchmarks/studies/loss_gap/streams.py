@@ -14,23 +14,32 @@ from eventkern.data.synthetic import WorkforceProcess, write_table
 from eventkern.data.synthetic_floor import known_floor
 
 SCHEMA = "notes17"
+TOWN = WorkforceProcess(num_actors=950, num_locations=950, num_residents=6, start="2024-10-01", num_days=50, strays=0.5)
 STREAMS = {
     "workforce": WorkforceProcess(),
-    "many_ids": WorkforceProcess(
-        num_actors=950, num_locations=950, num_residents=6, start="2024-10-01", num_days=50, strays=0.5
-    ),
+    "many_ids": TOWN,
+    "natural_sizes": TOWN,
 }
-"""The workforce stream, whose identifiers have 10 to 117 classes; and a town of 950 employees and sites."""
+"""The workforce stream, whose identifiers have 10 to 117 classes; a town of 950 employees and sites; and that town with
+as many classes of each category as it has values, a month's twelve and not id_category_size."""
+
+SCHEMAS = {"natural_sizes": "workforce"}
+"""Of streams that have another one than SCHEMA."""
 
 CALENDAR = {"year": 50, "month": 12, "day": 31, "weekday": 7, "hour": 24, "minute": 60}
 """Most values of a calendar field; of the year, more than any record of work spans."""
 
 
+def stream_name(name: str) -> str:
+    """Of the store of a stream: another process, schema or format has another name."""
+    made_of = f"{STREAMS[name]!r} {Schema.load(SCHEMAS.get(name, SCHEMA)).to_dict()}"
+    return f"{name}-format{FORMAT_VERSION}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}"
+
+
 def open_stream(name: str, folder: Path) -> EventStore:
     """The store of a stream, made in `folder` where it is not there yet."""
-    process = STREAMS[name]
-    digest = hashlib.sha256(f"{process!r} {Schema.load(SCHEMA).to_dict()}".encode()).hexdigest()[:8]
-    path = folder / f"{name}-format{FORMAT_VERSION}-{digest}"
+    process, schema = STREAMS[name], Schema.load(SCHEMAS.get(name, SCHEMA))
+    path = folder / stream_name(name)
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -41,7 +50,7 @@ def open_stream(name: str, folder: Path) -> EventStore:
 
             # The floor of many identifiers would take a probability for each of them and each label at once.
             known = floor if name == "workforce" else None
-            prepare(table, Schema.load(SCHEMA), path, name=name, floor=known, progress=False, overwrite=True)
+            prepare(table, schema, path, name=name, floor=known, progress=False, overwrite=True)
     return EventStore.open(path)
 
 

@@ -226,6 +226,7 @@ class Stepper:
         self._optimizer = make_optimizer(self.model, setting)
         self._scaler = torch.amp.GradScaler(setting.device, enabled=setting.precision == "fp16")
         self._batches = endless(make_loader(store, setting, "train", seed))
+        self.can_skip = self._scaler.is_enabled() and "backward_in_forward" not in setting.bugs
 
     def step(self) -> tuple[float, Tensor, float]:
         """The reading, the (H,) nats by category, and the norm of the gradients, not finite where fp16 skipped.
@@ -258,11 +259,10 @@ class Stepper:
 
     def _update(self) -> float:
         """An optimizer step; the norm of its gradients before clipping."""
-        is_scaled = self._scaler.is_enabled() and "backward_in_forward" not in self.setting.bugs
-        if is_scaled:
+        if self.can_skip:
             self._scaler.unscale_(self._optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.setting.clip or math.inf)
-        if is_scaled:
+        if self.can_skip:
             self._scaler.step(self._optimizer)
             self._scaler.update()
         else:
@@ -289,7 +289,7 @@ def train(store: EventStore, setting: Setting, seed: int) -> Run:
             run.readings.append(reading)
             run.nats.append(float(by_category.mean()))
             run.grad_norms.append(norm)
-            run.skipped += int(setting.precision == "fp16" and not math.isfinite(norm))
+            run.skipped += int(stepper.can_skip and not math.isfinite(norm))
             categories.append(by_category)
         run.first = categories[0].tolist()
         ends = [setting.num_steps * tenth // TENTHS for tenth in range(TENTHS + 1)]
