@@ -69,7 +69,8 @@ def test_the_parts_fit_into_ten_minutes_and_name_modules_there_are(tmp_path: Pat
     listed = parts(tmp_path, architecture="90", wheels=tmp_path, site=tmp_path / "site")
     assert sum(part.limit_s for part in listed) <= 600
     assert sum(part.limit_s for part in listed if part.name != "wheels") <= 570
-    modules = [part.command[part.command.index("-m") + 1] for part in listed]
+    named = {part.command[part.command.index("-m") + 1] for part in listed}
+    modules = sorted(named - {"pip"})  # to look for pip makes setuptools warn
     assert [module for module in modules if importlib.util.find_spec(module) is None] == []
 
 
