@@ -21,10 +21,10 @@ from rich.progress import Progress
 from benchmarks.measure import rotations
 from benchmarks.studies.loss_gap.settings import Setting
 from benchmarks.studies.loss_gap.streams import open_stream, stream_name
-from benchmarks.studies.loss_gap.training import Run, Stepper, missing, train
+from benchmarks.studies.loss_gap.training import Run, Stepper, missing, model_config, train
 from eventkern.data import EventBatch
 from eventkern.hardware import gemm_rate
-from eventkern.models import EventTransformer, EventTransformerConfig
+from eventkern.models import EventTransformer
 from eventkern.train.device import keep_freed_memory
 
 FORMAT = 1
@@ -102,17 +102,8 @@ class Runs:
 def operations(setting: Setting) -> float:
     """Floating-point operations of a run."""
     num_categories, num_streams = 17, 3
-    config = EventTransformerConfig(
-        category_names=tuple(map(str, range(num_categories))),
-        category_sizes=(setting.id_category_size,) * num_categories,
-        num_streams=num_streams,
-        src_seq_len=setting.src_seq_len,
-        tgt_seq_len=setting.tgt_seq_len,
-        d_model=setting.d_model,
-        num_heads=setting.num_heads,
-        encoder_layers=setting.encoder_layers,
-        decoder_layers=setting.decoder_layers,
-    )
+    names = tuple(map(str, range(num_categories)))
+    config = model_config(setting, names, (setting.id_category_size,) * num_categories, num_streams)
     with torch.device("meta"):
         model = EventTransformer(config)
         batch = EventBatch(

@@ -132,22 +132,28 @@ def reduced(losses: Tensor, reduction: str, num_targets: Tensor) -> Tensor:
     return losses.sum() * (num_targets if reduction == "sum" else 1)
 
 
+def model_config(
+    setting: Setting, names: tuple[str, ...], sizes: tuple[int, ...], num_streams: int
+) -> EventTransformerConfig:
+    """The model's sizes under a setting, for categories of the given names and sizes."""
+    return EventTransformerConfig(
+        category_names=names,
+        category_sizes=sizes,
+        num_streams=num_streams,
+        src_seq_len=setting.src_seq_len,
+        tgt_seq_len=setting.tgt_seq_len,
+        d_model=setting.d_model,
+        num_heads=setting.num_heads,
+        encoder_layers=setting.encoder_layers,
+        decoder_layers=setting.decoder_layers,
+    )
+
+
 def build_model(store: EventStore, setting: Setting, seed: int) -> EventTransformer:
     """The model of a setting, initialised from a seed."""
     torch.manual_seed(seed)
-    model = EventTransformer(
-        EventTransformerConfig(
-            category_names=store.schema.category_names,
-            category_sizes=store.sizes(setting.id_category_size),
-            num_streams=len(store.schema.streams),
-            src_seq_len=setting.src_seq_len,
-            tgt_seq_len=setting.tgt_seq_len,
-            d_model=setting.d_model,
-            num_heads=setting.num_heads,
-            encoder_layers=setting.encoder_layers,
-            decoder_layers=setting.decoder_layers,
-        )
-    )
+    sizes = store.sizes(setting.id_category_size)
+    model = EventTransformer(model_config(setting, store.schema.category_names, sizes, len(store.schema.streams)))
     kind = setting.initialisation
     if kind.startswith("logits_"):
         nn.init.normal_(model.heads.weight, std=float(kind.removeprefix("logits_")) * setting.d_model**-0.5)
