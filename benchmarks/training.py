@@ -1,7 +1,8 @@
 """The training step that benchmarks and profiles run: a shipped configuration on random events of its shapes."""
 
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import eventkern
-from eventkern.data import Schema
+from eventkern.data import EventBatch, EventLoader, Schema
 from eventkern.models import EventTransformer, EventTransformerConfig
 from eventkern.models.event_transformer import EventBatchLike
 from profiling.roofline import Work
@@ -73,6 +74,13 @@ def random_batch(shapes: Shapes, device: str | torch.device, *, seed: int = 0) -
         events(shapes.batch_size, model.tgt_seq_len + 1),
         torch.tensor(shapes.num_events, device=device),
     )
+
+
+def endless(loader: EventLoader) -> Iterator[EventBatch]:
+    """The batches of epoch after epoch, each in its own order."""
+    for epoch in itertools.count():
+        loader.set_epoch(epoch)
+        yield from loader
 
 
 NameRange = Callable[[str], AbstractContextManager[object]]

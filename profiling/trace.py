@@ -26,7 +26,7 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.training import NameRange, Shapes, TrainingStep, random_batch
+from benchmarks.training import NameRange, Shapes, TrainingStep, endless, random_batch
 from eventkern.data import EventStore
 from eventkern.data.loader import EventLoader
 from eventkern.hardware import synchronize
@@ -121,13 +121,7 @@ def from_store(path: Path, shapes: Shapes, device: torch.device) -> tuple[Shapes
         batch_size=shapes.batch_size,
         device=device,
     )
-
-    def endless() -> Iterator[EventBatchLike]:
-        for epoch in itertools.count():
-            loader.set_epoch(epoch)
-            yield from loader
-
-    return replace(shapes, model=model), endless()
+    return replace(shapes, model=model), endless(loader)
 
 
 def run_steps(step: TrainingStep, batches: Iterator[EventBatchLike], num_steps: int) -> None:

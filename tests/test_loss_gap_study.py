@@ -18,6 +18,7 @@ from benchmarks.studies.loss_gap.findings import BASE, Findings, Reference, Rung
 from benchmarks.studies.loss_gap.runs import Runs
 from benchmarks.studies.loss_gap.settings import Plan, Setting, Sizes
 from benchmarks.studies.loss_gap.training import Run, Stepper, build_model, missing, train
+from benchmarks.training import endless
 from eventkern.data import EventStore
 from eventkern.data.synthetic import WorkforceProcess
 
@@ -28,10 +29,8 @@ SIZES = {"src_seq_len": 4, "tgt_seq_len": 5, "epochs": 1, "grad_accum": 1}
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with playing.threads_for_now(1):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +88,7 @@ def test_a_rung_gives_the_same_numbers_again_and_others_with_another_seed(store:
 @pytest.mark.parametrize("reduction", ["mean", "sum_of_means", "sum"])
 def test_readings_are_what_the_reduction_makes_of_the_same_losses(store: EventStore, reduction: str) -> None:
     run = train(store, replace(settings.cpu_setting(1), reduction=reduction, grad_accum=2), 0)
-    batches = training.endless(training.make_loader(store, run.setting, "train", 0))
+    batches = endless(training.make_loader(store, run.setting, "train", 0))
     labels = sum(int(next(batches).num_targets) for _ in range(2))
     factor = {"mean": 1, "sum_of_means": 17, "sum": 17 * labels}[reduction]
     assert run.readings[0] == pytest.approx(factor * run.nats[0], rel=1e-6)

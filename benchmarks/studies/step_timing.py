@@ -7,7 +7,6 @@ A `Contender` draws batches from a real loader, or takes one batch again and aga
 from __future__ import annotations
 
 import importlib
-import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import peak_extra_bytes
-from benchmarks.training import Shapes, TrainingStep
+from benchmarks.training import Shapes, TrainingStep, endless
 from eventkern.data import EventStore
 from eventkern.data.loader import EventLoader
 from eventkern.hardware import synchronize
@@ -315,13 +314,7 @@ def loader_batches(store: EventStore, shapes: Shapes, device: str, *, seed: int 
     )
     if not len(loader):
         raise ValueError(f"batch_size is {shapes.batch_size}; want at most {loader.num_samples}, the store's windows")
-
-    def endless() -> Iterator[EventBatchLike]:
-        for epoch in itertools.count():
-            loader.set_epoch(epoch)
-            yield from loader
-
-    return endless()
+    return endless(loader)
 
 
 def resized(shapes: Shapes, *, batch_size: int | None = None, num_classes: int | None = None, **model: int) -> Shapes:

@@ -6,7 +6,6 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.studies.loss_gap.settings import Setting
+from benchmarks.training import endless
 from eventkern.data import EventBatch, EventLoader, EventStore
 from eventkern.models import EventTransformer, EventTransformerConfig
 from eventkern.nn import StackedLinear
@@ -194,13 +194,6 @@ def make_loader(store: EventStore, setting: Setting, split: Any, seed: int = 0) 
         shuffle=setting.is_shuffled if split == "train" else False,
         device="cpu" if "transfer_in_forward" in setting.bugs else setting.device,
     )
-
-
-def endless(loader: EventLoader) -> Iterator[EventBatch]:
-    """The batches of epoch after epoch."""
-    for epoch in itertools.count():
-        loader.set_epoch(epoch)
-        yield from loader
 
 
 def make_optimizer(model: nn.Module, setting: Setting) -> torch.optim.Optimizer:
