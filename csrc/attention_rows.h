@@ -283,20 +283,6 @@ struct AttendedPair {
   float* scores;  // of the few queries at the end
 };
 
-EVENTKERN_INLINE Lanes larger(Lanes left, Lanes right) { return left > right ? left : right; }
-
-EVENTKERN_INLINE float largest_of(Lanes lanes) {
-  float result = lanes[0];
-  for (int i = 1; i < kLanes; ++i) result = std::max(result, lanes[i]);
-  return result;
-}
-
-EVENTKERN_INLINE float total_of(Lanes lanes) {
-  float result = 0.0f;
-  for (int i = 0; i < kLanes; ++i) result += lanes[i];
-  return result;
-}
-
 // One query after another, with 16 keys in lanes.
 template <int kHeadDim>
 EVENTKERN_INLINE void attend_few(const AttendedPair& pair, int64_t first, int64_t num_queries, int64_t num_keys,

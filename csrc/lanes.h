@@ -2,6 +2,7 @@
 // compilers' vector extensions, which each clone of a multiversioned function lowers to its own registers.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -21,6 +22,20 @@ constexpr int64_t padded(int64_t count) { return (count + kColumns - 1) / kColum
 
 using Lanes = float __attribute__((vector_size(64)));
 using LaneBits = uint32_t __attribute__((vector_size(64)));
+
+EVENTKERN_INLINE Lanes larger(Lanes left, Lanes right) { return left > right ? left : right; }
+
+EVENTKERN_INLINE float largest_of(Lanes lanes) {
+  float result = lanes[0];
+  for (int i = 1; i < kLanes; ++i) result = std::max(result, lanes[i]);
+  return result;
+}
+
+EVENTKERN_INLINE float total_of(Lanes lanes) {
+  float result = 0.0f;
+  for (int i = 0; i < kLanes; ++i) result += lanes[i];
+  return result;
+}
 
 // 32 neighbouring columns. Those of 16 bits are split into even and odd ones, which needs no shuffle: what is done to
 // both halves alike never sees the order.

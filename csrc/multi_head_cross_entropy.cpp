@@ -34,20 +34,6 @@ EVENTKERN_INLINE Lanes exp_of_negative(Lanes x) {
 
 EVENTKERN_INLINE float exp_of_negative(float x) { return exp_of_negative(Lanes{} + x)[0]; }
 
-EVENTKERN_INLINE Lanes larger(Lanes left, Lanes right) { return left > right ? left : right; }
-
-EVENTKERN_INLINE float largest(Lanes lanes) {
-  float result = lanes[0];
-  for (int i = 1; i < kLanes; ++i) result = std::max(result, lanes[i]);
-  return result;
-}
-
-EVENTKERN_INLINE float total(Lanes lanes) {
-  float result = 0.0f;
-  for (int i = 0; i < kLanes; ++i) result += lanes[i];
-  return result;
-}
-
 EVENTKERN_INLINE float value_of(float scalar) { return scalar; }
 
 EVENTKERN_INLINE float value_of(Bfloat16 scalar) { return std::bit_cast<float>(uint32_t{scalar.bits} << 16); }
@@ -75,7 +61,7 @@ EVENTKERN_INLINE Head reduce(const Scalar* logits, const Scalar* bias, int64_t n
     high = larger(high, larger(columns.low, columns.high));
     sum += columns.low + columns.high;
   }
-  Head head{largest(high), total(sum), 0.0f, 0.0f};
+  Head head{largest_of(high), total_of(sum), 0.0f, 0.0f};
   if (whole < num_classes) {
     const int count = static_cast<int>(num_classes - whole);
     Columns columns = load_some(logits + whole, count);
@@ -100,7 +86,7 @@ EVENTKERN_INLINE Head reduce(const Scalar* logits, const Scalar* bias, int64_t n
     store(scratch + column, powers);
     exp_sum += powers.low + powers.high;
   }
-  head.exp_sum = total(exp_sum);
+  head.exp_sum = total_of(exp_sum);
   return head;
 }
 
