@@ -124,7 +124,7 @@ def record_history(step: TrainingStep, batch: EventBatchLike) -> History:
     """Every allocation of one step by torch's allocators on the step's device, as its profiler sees them."""
     step.name_range = record_function
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if step.device.type == "cuda" else [])]
-    with profile(activities=kinds, profile_memory=True) as profiler:
+    with profile(acc_events=True, activities=kinds, profile_memory=True) as profiler:
         step(batch)
     recorded: Any = profiler.profiler
     events = recorded.kineto_results.events()

@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
             run_steps(step, batches, options.steps)
         return
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with profile(activities=kinds, record_shapes=True) as profiler:
+    with profile(acc_events=True, activities=kinds, record_shapes=True) as profiler:
         run_steps(step, batches, options.steps)
         synchronize(device)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
     if device.type == "cuda":
         unwaiting = TrainingStep(model, autocast)
         run_steps(unwaiting, batches, NUM_WARM_UP_STEPS)
-        with profile(activities=kinds) as profiler:
+        with profile(acc_events=True, activities=kinds) as profiler:
             run_steps(unwaiting, batches, options.steps)
             synchronize(device)
         tables["utilization"] = utilization_table(profiler, options.steps)

@@ -70,7 +70,7 @@ def test_a_phase_is_a_range_for_both_tools(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(trace.nvtx, "annotate", Range)
     monkeypatch.setattr(trace, "synchronize", waited.append)
     device = torch.device("cpu")
-    with torch.profiler.profile() as profiler:
+    with torch.profiler.profile(acc_events=True) as profiler:
         with trace.phase(device, "forward", waits=False):
             pass
         assert waited == []

@@ -23,7 +23,7 @@ from eventkern.train.whole_files import write_file
 CONFIG_FILE = "config.toml"
 ENVIRONMENT_FILE = "environment.json"
 EARLIER = "earlier_attempts"
-PACKAGES = ("eventkern", "torch", "triton", "numpy")
+PACKAGES = ("eventkern", "triton", "numpy")
 CHECKOUT = Path(__file__).parents[2]
 
 
@@ -35,6 +35,7 @@ def environment() -> dict[str, str | int]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         **{package: _version(package) for package in PACKAGES},
+        "torch": str(torch.__version__),  # with its build, which the package's metadata may lack: 2.11.0+cu130
         "cpu": hardware.cpu_model(),
         "cores": hardware.usable_cores(),
         "threads": torch.get_num_threads(),

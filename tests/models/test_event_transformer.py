@@ -358,7 +358,7 @@ def test_attention_on_a_gpu_is_flash_attention(src_seq_len, generator):
     config = replace(CONFIG, src_seq_len=src_seq_len)
     model, batch = EventTransformer(config).cuda(), random_batch(config, generator)
     batch = Batch(batch.sources.cuda(), batch.targets.cuda())
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(acc_events=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         with torch.autocast("cuda", dtype=torch.bfloat16):
             losses = model(batch)
         losses.sum().backward()

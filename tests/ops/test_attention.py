@@ -327,7 +327,8 @@ def test_compiled_equals_eager_and_does_not_compile_again_for_more_rows(is_causa
     for batch_size, length in ((2, 9), (3, 40), (5, 21)):
         packed = torch.randn(batch_size, length, 3 * 24, generator=generator)
         for value, lowered in zip(gradient(compute, packed), gradient(compiled, packed), strict=True):
-            torch.testing.assert_close(lowered, value, rtol=1e-6, atol=1e-6)
+            ulp = torch.finfo(torch.float32).eps * value.abs().max().item()
+            torch.testing.assert_close(lowered, value, rtol=0, atol=16 * ulp)  # sums in another order
     assert len(compilations) == 1
 
 

@@ -173,7 +173,7 @@ def profiled(step: TrainingStep, batches: Iterator[EventBatchLike], num_steps: i
     try:
         run_steps(step, batches, 1)
         synchronize(step.device)
-        with profile(activities=kinds) as profiler:
+        with profile(acc_events=True, activities=kinds) as profiler:
             run_steps(step, batches, num_steps)
             synchronize(step.device)
     finally:
