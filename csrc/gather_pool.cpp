@@ -35,8 +35,9 @@ enum class Stage { kWaiting, kRunning, kDone };
 struct Job {
   WindowGather gather;
   int64_t* num_labels;
-  Stage stage;
-  std::exception_ptr error;
+  Stage stage = Stage::kWaiting;
+  bool is_awaited = false;
+  std::exception_ptr error = nullptr;
 };
 
 void check_windows(const WindowGather& gather, int64_t num_windows) {
@@ -59,6 +60,7 @@ struct GatherPool::State {
   std::map<int64_t, Job> jobs;      // by ticket; a thread works on its job without the lock, since a map moves nothing
   int64_t num_submitted = 0;
   bool is_closed = false;
+  std::mutex closing;  // held while the threads end, so that whoever closes returns after that
   std::vector<std::thread> threads;
 
   // Gathers with the lock given up.
@@ -74,6 +76,11 @@ struct GatherPool::State {
     }
     lock.lock();
     job.stage = Stage::kDone;
+  }
+
+  // With the lock held.
+  void check_open() const {
+    if (is_closed) throw std::runtime_error("the gather pool is closed");
   }
 
   Job* first_waiting() {
@@ -95,7 +102,12 @@ struct GatherPool::State {
   }
 };
 
-GatherPool::GatherPool(int64_t num_windows, int num_threads) : state_(std::make_unique<State>()), owner_(getpid()) {
+GatherPool::GatherPool(int64_t num_windows, int num_threads)
+    : state_(std::make_unique<State>()), has_threads_(num_threads > 0), owner_(getpid()) {
+  if (num_threads < 0 || num_threads > kMaxPoolThreads) {
+    throw std::invalid_argument("num_threads is " + std::to_string(num_threads) + "; want 0 to " +
+                                std::to_string(kMaxPoolThreads));
+  }
   state_->num_windows = num_windows;
   try {
     for (int thread = 0; thread < num_threads; ++thread) {
@@ -107,56 +119,63 @@ GatherPool::GatherPool(int64_t num_windows, int num_threads) : state_(std::make_
   }
 }
 
-GatherPool::~GatherPool() { close(); }
+GatherPool::~GatherPool() {
+  close();
+  if (is_forked()) state_.release();  // its locks and threads are not this process's to destroy
+}
 
-GatherPool::State& GatherPool::state() const {
-  if (!state_) throw std::runtime_error("the gather pool is closed");
-  if (!state_->threads.empty() && getpid() != owner_) {
+bool GatherPool::is_forked() const { return has_threads_ && getpid() != owner_; }
+
+void GatherPool::check_owner() const {
+  if (is_forked()) {
     throw std::runtime_error(
         "the batches were begun before this process was forked, and their threads are not in it; "
         "iterate the loader anew");
   }
-  return *state_;
 }
 
 int64_t GatherPool::submit(const WindowGather& gather, int64_t* num_labels) {
-  State& state = this->state();
+  check_owner();
   int64_t ticket;
   {
-    const std::lock_guard lock(state.mutex);
-    ticket = state.num_submitted++;
-    state.jobs.emplace(ticket, Job{gather, num_labels, Stage::kWaiting, nullptr});
+    const std::lock_guard lock(state_->mutex);
+    state_->check_open();
+    ticket = state_->num_submitted++;
+    state_->jobs.emplace(ticket, Job{gather, num_labels});
   }
-  state.changed.notify_one();
+  state_->changed.notify_one();
   return ticket;
 }
 
 void GatherPool::wait(int64_t ticket) {
-  State& state = this->state();
-  std::unique_lock lock(state.mutex);
-  const auto found = state.jobs.find(ticket);
-  if (found == state.jobs.end()) throw std::invalid_argument("no batch has the ticket " + std::to_string(ticket));
+  check_owner();
+  std::unique_lock lock(state_->mutex);
+  const auto found = state_->jobs.find(ticket);
+  if (found == state_->jobs.end() || found->second.is_awaited) {
+    state_->check_open();
+    throw std::invalid_argument("no batch has the ticket " + std::to_string(ticket));
+  }
   Job& job = found->second;
-  if (job.stage == Stage::kWaiting) state.run(job, lock);
-  state.done.wait(lock, [&] { return job.stage == Stage::kDone; });
+  job.is_awaited = true;
+  if (job.stage == Stage::kWaiting) state_->run(job, lock);
+  state_->done.wait(lock, [&] { return job.stage == Stage::kDone; });
   const std::exception_ptr error = job.error;
-  state.jobs.erase(found);
+  state_->jobs.erase(found);
   if (error) std::rethrow_exception(error);
 }
 
 void GatherPool::close() {
-  if (!state_) return;
-  if (!state_->threads.empty() && getpid() != owner_) {
-    state_.release();  // a forked child: no thread to join, and a lock that one of them may have held
-    return;
-  }
+  if (is_forked()) return;
+  const std::lock_guard closing(state_->closing);
   {
     const std::lock_guard lock(state_->mutex);
     state_->is_closed = true;
   }
   state_->changed.notify_all();
   for (std::thread& thread : state_->threads) thread.join();
-  state_.reset();
+  state_->threads.clear();
+  const std::lock_guard lock(state_->mutex);
+  std::erase_if(state_->jobs, [](const auto& entry) { return !entry.second.is_awaited; });
 }
 
 }  // namespace eventkern

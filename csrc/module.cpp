@@ -5,6 +5,7 @@
 
 #include <array>
 #include <stdexcept>
+#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -29,9 +30,29 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+void check_at_least(const char* name, int64_t value, int64_t least) {
+  if (value >= least) return;
+  throw std::invalid_argument(std::string(name) + " is " + std::to_string(value) + "; want at least " +
+                              std::to_string(least));
+}
+
 EntityIndex entity_index(const std::array<uintptr_t, 3>& addresses) {
   return {pointer<const int32_t>(addresses[0]), pointer<const int64_t>(addresses[1]),
           pointer<const int64_t>(addresses[2])};
+}
+
+// What the gathers trust of an array of codes.
+void check_codes(int code_bytes, int num_categories) {
+  if (code_bytes != 1 && code_bytes != 2 && code_bytes != 4) {
+    throw std::invalid_argument("code_bytes is " + std::to_string(code_bytes) + "; want 1, 2 or 4");
+  }
+  check_at_least("num_categories", num_categories, 1);
+}
+
+void check_out_bytes(int out_bytes) {
+  if (out_bytes != 4 && out_bytes != 8) {
+    throw std::invalid_argument("out_bytes is " + std::to_string(out_bytes) + "; want 4 or 8");
+  }
 }
 
 WindowGather for_batch(WindowGather gather, uintptr_t windows, int64_t batch_size, uintptr_t sources,
@@ -132,7 +153,14 @@ PYBIND11_MODULE(_C, module) {
                        const std::array<uintptr_t, 3>& key, uintptr_t anchors, uintptr_t limits,
                        const std::vector<std::array<uintptr_t, 3>>& streams, int src_seq_len, int num_targets,
                        int out_bytes) {
-             if (streams.size() > kMaxStreams) throw std::invalid_argument("too many streams");
+             if (streams.size() > kMaxStreams) {
+               throw std::invalid_argument("streams has " + std::to_string(streams.size()) + " entries; want at most " +
+                                           std::to_string(kMaxStreams));
+             }
+             check_codes(code_bytes, num_categories);
+             check_out_bytes(out_bytes);
+             check_at_least("src_seq_len", src_seq_len, 0);
+             check_at_least("num_targets", num_targets, 1);
              WindowGather gather{};
              gather.codes = pointer<const void>(codes);
              gather.code_bytes = code_bytes;
@@ -191,6 +219,8 @@ PYBIND11_MODULE(_C, module) {
   // Positional, because a call of 1,024 rows takes only a few microseconds.
   py::class_<RowGather>(module, "RowGather")
       .def(py::init([](uintptr_t codes, int code_bytes, int num_categories, int64_t num_rows) {
+             check_codes(code_bytes, num_categories);
+             check_at_least("num_rows", num_rows, 0);
              return RowGather{pointer<const void>(codes), code_bytes, num_categories, num_rows};
            }),
            py::kw_only(), py::arg("codes"), py::arg("code_bytes"), py::arg("num_categories"), py::arg("num_rows"))
