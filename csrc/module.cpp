@@ -134,6 +134,11 @@ PYBIND11_MODULE(_C, module) {
 #else
   module.attr("has_cuda") = false;
 #endif
+#ifdef EVENTKERN_SANITIZE
+  module.attr("is_sanitized") = true;
+#else
+  module.attr("is_sanitized") = false;
+#endif
   module.attr("max_permutation_size") = kMaxPermutationSize;
   module.attr("max_streams") = kMaxStreams;
 

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 
 has_cuda: bool
+is_sanitized: bool
+"""Built with EVENTKERN_SANITIZE, for .ci/sanitize."""
 max_permutation_size: int
 max_streams: int
 

@@ -14,6 +14,12 @@ def sizes_checksum(info: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
 
 
+def info_checksum(info: dict[str, Any]) -> str:
+    """SHA-256 of all that store.json says, but for its checksums."""
+    told = {key: value for key, value in info.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
 def file_checksum(file: Path) -> str:
     """CRC-32 of a file, in hexadecimal."""
     checksum = 0

@@ -20,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from eventkern.data.checksums import info_checksum
 from eventkern.data.encode import write_binary
 from eventkern.data.ingest import Spill, ingest
 from eventkern.data.report import PrepareReport, progress_bar
@@ -181,6 +182,7 @@ def _is_running(process: int) -> bool:
 
 def _write_info(folder: Path, info: dict[str, Any]) -> None:
     file = folder / "store.json"
+    info["checksum"]["store.json"] = info_checksum(info)
     file.write_text(json.dumps(info, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     flush(file)
 

@@ -209,7 +209,7 @@ class IndexSampler(ResumableSampler):
     ) -> None:
         super().__init__(seed=seed, shuffle=shuffle, rank=rank, world_size=world_size, drop_last=drop_last)
         num_samples = check_integer("num_samples", num_samples, 1, _C.max_permutation_size)
-        batch_size = check_integer("batch_size", batch_size, 1)
+        batch_size = check_integer("batch_size", batch_size, 1, _C.max_permutation_size)
         if window is not None:
             window = check_integer("window", window, 1)
         self.num_samples = num_samples

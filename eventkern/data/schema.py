@@ -31,6 +31,9 @@ FIRST_CLASS = 2
 FIELD_SIZES: dict[str, int | None] = {"year": None, "month": 12, "day": 31, "weekday": 7, "hour": 24, "minute": 60}
 """Number of values of each calendar field; the years are those that the table spans."""
 
+MOST_CLASSES = 1 << 20
+"""Most bins, and most units of an elapsed time: each is a class that store.json tells by name."""
+
 UNIT_SECONDS = {"days": 86_400, "hours": 3_600, "minutes": 60}
 
 SHIPPED = Path(__file__).parent.parent / "schemas"
@@ -48,10 +51,10 @@ class Category:
         name: name of the category, unique in its schema.
         kind: `id`, `flag`, `bins`, `time` or `elapsed` (see the module's table).
         column: source column; the name itself unless given. `elapsed` reads none.
-        bins: number of quantile bins (kind `bins`), at least 2.
+        bins: number of quantile bins (kind `bins`), at least 2, at most 2^20.
         field: `year`, `month`, `day`, `weekday`, `hour` or `minute` (kind `time`).
         unit: `days`, `hours` or `minutes` (kind `elapsed`).
-        limit: the top class of kind `elapsed` holds `limit` units and more, at least 1.
+        limit: the top class of kind `elapsed` holds `limit` units and more, at least 1, at most 2^20.
 
     Raises:
         DataError: an option does not fit the kind; it names the category and the option.
@@ -69,8 +72,8 @@ class Category:
         place = f"category {self.name!r}"
         for option in ("name", "column"):
             value = getattr(self, option)
-            if not isinstance(value, str) or (option == "name" and not value):
-                raise DataError(f"{place}: {option} is {value!r}; write a non-empty text")
+            if not isinstance(value, str) or (option == "name" and not _is_name(value)):
+                raise DataError(f"{place}: {option} is {value!r}; write a non-empty text of one line")
         if self.kind not in get_args(Kind):
             raise DataError(f"{place}: kind is {self.kind!r}; write one of {', '.join(get_args(Kind))}")
         if (self.field is not None) != (self.kind == "time"):
@@ -84,9 +87,11 @@ class Category:
         if self.unit is not None and not (isinstance(self.unit, str) and self.unit in UNIT_SECONDS):
             raise DataError(f"{place}: unit is {self.unit!r}; write one of {', '.join(UNIT_SECONDS)}")
         if self.limit is not None and not _is_count(self.limit, 1):
-            raise DataError(f"{place}: limit is {self.limit!r}; write an integer of at least 1")
+            raise DataError(f"{place}: limit is {self.limit!r}; write an integer from 1 to {MOST_CLASSES}")
         if not _is_count(self.bins, 2):
-            raise DataError(f"{place}: bins is {self.bins!r}; write an integer of at least 2")
+            raise DataError(f"{place}: bins is {self.bins!r}; write an integer from 2 to {MOST_CLASSES}")
+        if self.kind != "bins" and self.bins != Category.bins:
+            raise DataError(f"{place}: bins is {self.bins!r}; kind 'bins' takes bins, and no other kind does")
         if self.kind == "elapsed" and self.column:
             raise DataError(f"{place}: kind 'elapsed' reads no column, yet column is {self.column!r}; leave it out")
         if not self.column and self.kind != "elapsed":
@@ -114,6 +119,10 @@ class Stream:
 
     name: str
     entity: str | None = None
+
+    def __post_init__(self) -> None:
+        if not _is_name(self.name):
+            raise DataError(f"stream {self.name!r}: name is {self.name!r}; write a non-empty text of one line")
 
 
 @dataclass(frozen=True)
@@ -146,8 +155,8 @@ class Schema:
     def __post_init__(self) -> None:
         for option in ("name", "timestamp", "timezone", "key", "split"):
             value = getattr(self, option)
-            if not value or not isinstance(value, str):
-                raise DataError(f"key {option!r}: is {value!r}; write a non-empty text")
+            if not _is_name(value) and not (option == "timestamp" and value and isinstance(value, str)):
+                raise DataError(f"key {option!r}: is {value!r}; write a non-empty text of one line")
         if not isinstance(self.uniform_sizes, bool):
             raise DataError(f"key 'uniform_sizes': is {self.uniform_sizes!r}; write true or false")
         if not self.categories:
@@ -170,7 +179,7 @@ class Schema:
                 raise DataError(f"{place}: is {entity!r}, which is no category of kind 'id'; write one of: {known}")
         try:
             zoneinfo.ZoneInfo(self.timezone)
-        except (zoneinfo.ZoneInfoNotFoundError, ValueError) as error:
+        except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError) as error:  # a folder of zones, a long name
             raise DataError(f"key 'timezone': {self.timezone!r} is no IANA zone; write e.g. 'UTC'") from error
         try:
             datetime.datetime.fromisoformat(self.split)
@@ -226,12 +235,12 @@ class Schema:
             file = shipped
         try:
             return cls.from_dict(tomllib.loads(file.read_text(encoding="utf-8")))
-        except tomllib.TOMLDecodeError as error:
-            raise DataError(f"{file}: not TOML: {error}") from error
         except UnicodeDecodeError as error:
             raise DataError(f"{file}: not UTF-8 text; save it as UTF-8") from error
         except DataError as error:
             raise DataError(f"{file}: {error}") from error
+        except (ValueError, RecursionError) as error:  # of tomllib: integers of thousands of digits, nested too deep
+            raise DataError(f"{file}: not TOML: {error}") from error
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> Schema:
@@ -260,8 +269,12 @@ class Schema:
         }
 
 
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and value != "" and len(value.splitlines()) == 1
+
+
 def _is_count(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= MOST_CLASSES
 
 
 def _tables(options: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:

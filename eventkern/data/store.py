@@ -25,11 +25,12 @@ import torch
 from numpy.typing import NDArray
 
 from eventkern import _C
-from eventkern.data.checksums import file_checksum, sizes_checksum
+from eventkern.data.checksums import file_checksum, info_checksum, sizes_checksum
 from eventkern.data.entity_index import EntityIndex, index_fault
 from eventkern.data.folds import Fold, folds_of_keys
 from eventkern.data.schema import DataError, Schema
 from eventkern.data.sections import Section
+from eventkern.data.store_layout import classes_fault, layout_fault
 
 FORMAT = "eventkern event store"
 FORMAT_VERSION = 1
@@ -60,8 +61,10 @@ class EventStore:
         self.path = path
         self.info = info
         self.schema = Schema.from_dict(info["schema"])
-        self.num_events = int(info["num_events"])
-        self.split_row = int(info["split_row"])
+        if fault := layout_fault(info, self.schema):
+            raise ValueError(fault)
+        self.num_events: int = info["num_events"]
+        self.split_row: int = info["split_row"]
         self.class_sizes = tuple(int(category["size"]) for category in info["categories"])
         self.sections = {
             section["name"]: Section(section["name"], section["dtype"], tuple(section["shape"]), section["offset"])
@@ -95,7 +98,7 @@ class EventStore:
         try:
             store = cls(folder, _read_info(folder))
             store._check(verify)
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             if isinstance(error, DataError) and str(error).startswith(str(folder)):  # a schema's error names no file
                 raise
             reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -315,13 +318,12 @@ class EventStore:
             raise DataError(
                 f"{binary}: holds {held} bytes where store.json says {wanted}: truncated or damaged; {AGAIN}"
             )
-        if any(s.offset < 0 or min(s.shape) < 0 for s in self.sections.values()):
-            raise ValueError("a section begins or ends before 0")
         # One map for all sections, so that they stay parts of one file even where its name is given to another.
         self._opened = _identity(binary)
         self._file = np.memmap(binary, np.uint8, "r") if wanted else np.empty(0, np.uint8)
         is_read = verify or wanted <= CHECKED_AT_OPEN_BYTES
         is_changed = self.info["checksum"]["sizes"] != sizes_checksum(self.info)
+        told = self.info["checksum"].get("store.json")  # older stores have none
         is_damaged = is_read and self.info["checksum"]["store.bin"] != file_checksum(binary)
         # A size that is too small for the codes is named with its category, hence before any other change. Codes of
         # which nothing has changed are right.
@@ -331,6 +333,10 @@ class EventStore:
             raise DataError(f"{self.path / 'store.json'}: its sizes were changed after it was written; {AGAIN}")
         if is_damaged:
             raise DataError(f"{binary}: its checksum differs from the one in store.json: damaged; {AGAIN}")
+        if told is not None and told != info_checksum(self.info):
+            raise DataError(f"{self.path / 'store.json'}: was changed after it was written; {AGAIN}")
+        if fault := classes_fault(self.info):
+            raise ValueError(fault)
 
     def _check_codes(self, most_rows: int) -> None:
         num_rows = min(self.num_events, most_rows)
@@ -364,7 +370,7 @@ def _read_info(folder: Path) -> dict[str, Any]:
         raise DataError(f"{folder}: holds no event store (no store.json); make one with `eventkern prepare`")
     try:
         info = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # of json and of the UTF-8 decoder; nested too deep
         raise DataError(f"{file}: damaged, not JSON ({error}); {AGAIN}") from error
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         raise DataError(f"{file}: is not of an event store (key 'format'); make one with `eventkern prepare`")

@@ -151,6 +151,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: is whole, but holds more than tensors and plain values; give a checkpoint that eventkern wrote"
         ) from error
+    except Exception as error:  # what torch raises depends on where in the file it stumbles
+        told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise CheckpointError(
+            f"{path}: its checksum holds, but torch cannot read it ({told}); give a checkpoint that eventkern wrote"
+        ) from error
+    if not isinstance(state, dict):
+        held = type(state).__name__
+        raise CheckpointError(f"{path}: holds a {held}; give a checkpoint that eventkern wrote")
     if state.get("format") != FORMAT:
         raise CheckpointError(
             f"{path}: checkpoint format {state.get('format')}, but this version reads {FORMAT}; "
@@ -162,15 +170,23 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def load_weights(model: Any, weights: Mapping[str, torch.Tensor], path: Path) -> None:
     """Loads a plain state_dict into a model, or names the first parameter that differs."""
     own = model.state_dict()
+    if not isinstance(weights, Mapping):
+        raise CheckpointError(f"{path}: its weights are a {type(weights).__name__}; give one that eventkern wrote")
     for name in [*own, *weights]:
-        here = tuple(own[name].shape) if name in own else "absent"
-        there = tuple(weights[name].shape) if name in weights else "absent"
+        here, there = _shape_of(own, name), _shape_of(weights, name)
         if here != there:
             raise CheckpointError(
                 f"{path}: parameter {name!r} is {there} in the checkpoint and {here} in the model; "
                 "give the configuration it was trained with"
             )
     model.load_state_dict(weights)
+
+
+def _shape_of(weights: Mapping[str, Any], name: str) -> tuple[int, ...] | str:
+    if name not in weights:
+        return "absent"
+    value = weights[name]
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
 
 
 def random_state() -> dict[str, Any]:

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+import sys
 import tomllib
 import types
 from collections.abc import Mapping
@@ -123,7 +124,7 @@ def read_config(path: Path, config_class: type[Config]) -> Config:
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except ValueError as error:  # of json, tomllib and the UTF-8 decoder alike
+    except (ValueError, RecursionError) as error:  # of json, tomllib and the UTF-8 decoder; nested too deep
         raise ConfigError(f"{path}: not valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds a {type(values).__name__}, but must hold keys and values")
@@ -170,7 +171,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         if value is None:
             return None
         (hint,) = (option for option in get_args(hint) if option is not type(None))
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     if hint is Path and type(value) is str:
         return Path(value)

@@ -11,6 +11,7 @@ import pytest
 
 from eventkern.data import entity_index
 from eventkern.data import store as store_module
+from eventkern.data.checksums import file_checksum, info_checksum, sizes_checksum
 from eventkern.data.schema import DataError
 from eventkern.data.store import EventStore
 
@@ -40,6 +41,7 @@ def set_code(store: EventStore, row: int, column: int, code: int) -> None:
     [
         (lambda s: (s.path / "store.json").unlink(), r"store: holds no event store \(no store.json\); make one with"),
         (lambda s: (s.path / "store.json").write_text('{"format": '), r"store.json: damaged, not JSON \(.*prepare"),
+        (lambda s: (s.path / "store.json").write_text("[" * 100_000), r"store.json: damaged, not JSON \(.*prepare"),
         (lambda s: (s.path / "store.json").write_text("[1]"), "store.json: is not of an event store"),
         (lambda s: edit(s, format="other"), "store.json: is not of an event store"),
         (lambda s: edit(s, format_version=2), "store.json: key 'format_version' is 2; this eventkern reads 1; prepare"),
@@ -47,12 +49,19 @@ def set_code(store: EventStore, row: int, column: int, code: int) -> None:
         (lambda s: edit(s, sections=[{}]), "store.json: damaged .*; prepare"),
         (lambda s: edit(s, checksum={}), r"store.json: damaged \(KeyError: 'sizes'\); prepare"),
         (lambda s: edit(s, checksum=[]), "store.json: damaged .*; prepare"),
-        (lambda s: edit(s, num_events="abc"), r"store.json: damaged \(ValueError: .*'abc'\); prepare"),
+        (
+            lambda s: edit(s, num_events="abc"),
+            r"store.json: damaged \(ValueError: num_events is 'abc'; want .*; prepare",
+        ),
         (lambda s: edit(s, schema=[]), "store.json: damaged .*; prepare"),
-        (lambda s: edit(s, categories=[{"size": "big"}] * 4), r"store.json: damaged \(ValueError: .*'big'\); prepare"),
+        (
+            lambda s: edit(s, categories=[{"size": "big"}] * 4),
+            "store.json: damaged .*who' has the size 'big'; want .*; prep",
+        ),
         (lambda s: edit(s, categories=s.info["categories"][:3]), "store.json: damaged .*; prepare"),
-        (lambda s: edit_codes(s, dtype="bogus"), r"store.json: damaged \(TypeError: .*bogus.*\); prepare"),
-        (lambda s: edit_codes(s, dtype="float64"), "store.json: its sizes were changed .*; prepare"),
+        (lambda s: edit_codes(s, dtype="bogus"), "store.json: damaged .*dtype 'bogus'; want uint8 or .*; prepare"),
+        (lambda s: edit_codes(s, dtype="float64"), "store.json: damaged .*dtype 'float64'; want .*; prepare"),
+        (lambda s: edit_codes(s, dtype="uint16"), "store.bin: row 0 holds code"),
         (lambda s: edit_codes(s, shape=[0, 0]), "store.json: .*; prepare"),
         (lambda s: edit_codes(s, shape="x"), "store.json: damaged .*; prepare"),
         (lambda s: edit_codes(s, shape=[-1, 4]), "store.json: damaged .*; prepare"),
@@ -193,3 +202,67 @@ def test_a_store_stays_one_file_when_another_takes_its_name(store: EventStore) -
     (store.path / "store.bin").rename(store.path / "old.bin")
     (store.path / "store.bin").write_bytes(bytes((store.path / "old.bin").stat().st_size))
     assert opened.timestamps.tolist() == timestamps.tolist()  # a section that nobody had asked for
+
+
+def seal(store: EventStore, info: dict[str, Any]) -> None:
+    """Write what `info` says with checksums that fit it: what is refused now is refused for what it says."""
+    info["checksum"] = {
+        "sizes": sizes_checksum(info),
+        "store.bin": file_checksum(store.path / "store.bin"),
+        "store.json": info_checksum(info),
+    }
+    (store.path / "store.json").write_text(json.dumps(info))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("codes", "shape", [402, 4], r"section 'codes' has the shape \[402, 4\]; want \(401, 4\)"),
+        ("codes", "shape", [401, 2**63], "section 'codes' has the shape"),
+        ("codes", "shape", [401.0, 4], "section 'codes' has the shape"),
+        ("codes", "dtype", "int64", "section 'codes' has the dtype 'int64'; want uint8 or uint16 or int32"),
+        ("codes", "offset", 1, "section 'codes' has the offset 1; want a multiple of 4096 of at least 0"),
+        ("codes", "offset", -4096, "section 'codes' has the offset -4096"),
+        ("codes", "name", "rows:who", r"sections are \['rows:who', .*; want \['codes', "),
+        ("entity_of_row:who", "dtype", "int64", "section 'entity_of_row:who' has the dtype 'int64'; want int32"),
+        ("entity_of_row:who", "shape", [400], r"section 'entity_of_row:who' has the shape \[400\]; want \(401\)"),
+        ("rows:who", "dtype", "uint64", "section 'rows:who' has the dtype 'uint64'; want int64"),
+        ("offsets:who", "shape", [5, 7], r"section 'offsets:who' has the shape \[5, 7\]; want \(any\)"),
+        (None, "num_events", 402, r"section 'codes' has the shape \[401, 4\]; want \(402, 4\)"),
+        (None, "num_events", True, "num_events is True; want an integer"),
+        (None, "num_events", 2**63, "num_events is 9223372036854775808; want an integer"),
+        (None, "split_row", 402, "split_row is 402; want an integer from 0 to 401"),
+        (None, "split_row", -1, "split_row is -1; want an integer from 0 to 401"),
+        (None, "floor", {"100": [1.0]}, "floor '100' is .*; want 4 numbers"),
+    ],
+)
+def test_what_the_extension_reads_by_is_checked_whatever_the_checksums(
+    store: EventStore, section: str | None, key: str, value: Any, message: str
+) -> None:
+    info = json.loads((store.path / "store.json").read_text())
+    place = info if section is None else next(told for told in info["sections"] if told["name"] == section)
+    place[key] = value
+    seal(store, info)
+    with pytest.raises(DataError, match=f"store.json: damaged .*{message}.*; prepare") as caught:
+        EventStore.open(store.path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_class_without_a_word_is_named(store: EventStore) -> None:
+    info = json.loads((store.path / "store.json").read_text())
+    del info["categories"][1]["values"][0]
+    seal(store, info)
+    with pytest.raises(DataError, match="category 'where' has 5 classes and 2 values; want 2 fewer"):
+        EventStore.open(store.path)
+
+
+def test_a_change_of_any_word_of_store_json_is_seen(store: EventStore) -> None:
+    file = store.path / "store.json"
+    text = file.read_text()
+    file.write_text(text.replace('"w1"', '"w7"'))
+    with pytest.raises(DataError, match=r"store\.json: was changed after it was written; prepare"):
+        EventStore.open(store.path)
+    info = json.loads(text.replace('"w1"', '"w7"'))
+    del info["checksum"]["store.json"]  # as stores were written before there was one
+    file.write_text(json.dumps(info))
+    assert "w7" in {EventStore.open(store.path).decode("where", code) for code in range(2, 5)}

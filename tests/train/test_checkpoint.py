@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import random
@@ -21,6 +22,7 @@ from safetensors import safe_open
 
 from eventkern.train import CheckpointError, TrainerConfig
 from eventkern.train.checkpoint import (
+    COMMENT,
     COMMENT_BYTES,
     CheckpointFolder,
     DamagedCheckpointError,
@@ -92,6 +94,36 @@ def test_missing_and_foreign_files_are_named(tmp_path: Path) -> None:
         CheckpointError, match=r"later\.pt: checkpoint format 99, but this version reads 1; use the version"
     ):
         load_checkpoint(tmp_path / "later.pt")
+
+
+def sealed(body: bytes) -> bytes:
+    """An archive that ends in the comment that fits it."""
+    body = body[:-2] + COMMENT_BYTES.to_bytes(2, "little")
+    return body + COMMENT + hashlib.sha256(body).hexdigest().encode()
+
+
+def test_what_has_a_checksum_and_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "step-00000001.pt"
+    torch.save(torch.ones(3), file)
+    archive = file.read_bytes()
+    file.write_bytes(sealed(archive))
+    with pytest.raises(CheckpointError, match=r"step-00000001\.pt: holds a Tensor; give a checkpoint that eventkern"):
+        load_checkpoint(file)
+    for damage in (archive[: len(archive) // 2] + bytes(100), archive.replace(b"data", b"\xff\xfe\0\0")):
+        file.write_bytes(sealed(damage))
+        with pytest.raises(
+            CheckpointError, match=r"step-.*: its checksum holds, but torch cannot read it \("
+        ) as caught:
+            load_checkpoint(file)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("weights", [3, None, [], {"weight": 7, "bias": None}])
+def test_weights_that_are_none_are_named(tmp_path: Path, weights: Any) -> None:
+    with pytest.raises(
+        CheckpointError, match=rf"^{tmp_path}: (its weights are a|parameter 'weight' is (absent|a int))"
+    ):
+        load_weights(torch.nn.Linear(2, 3), weights, tmp_path)
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace", "write"])
