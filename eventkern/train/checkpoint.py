@@ -157,8 +157,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path}: its checksum holds, but torch cannot read it ({told}); give a checkpoint that eventkern wrote"
         ) from error
     if not isinstance(state, dict):
-        held = type(state).__name__
-        raise CheckpointError(f"{path}: holds a {held}; give a checkpoint that eventkern wrote")
+        raise CheckpointError(f"{path}: holds a {type(state).__name__}; give a checkpoint that eventkern wrote")
     if state.get("format") != FORMAT:
         raise CheckpointError(
             f"{path}: checkpoint format {state.get('format')}, but this version reads {FORMAT}; "
