@@ -164,3 +164,35 @@ def test_nothing_outside_the_codes_is_read(num_categories: int, dtype: type) -> 
         out = np.full((4, num_categories), GUARD, np.int64)
         assert gather.cpu(address(rows), 4, address(out), 8, 1) == -1
         assert (out == 0).all()
+
+
+WINDOWS = {"code_bytes": 2, "num_categories": 3, "src_seq_len": 4, "num_targets": 5, "out_bytes": 4, "streams": []}
+ROWS = {"code_bytes": 2, "num_categories": 3, "num_rows": 4}
+POOL = {"num_windows": 3, "num_threads": 0}
+ADDRESSES = {"codes": 0, "cuts": 0, "key": (0, 0, 0), "anchors": 0, "limits": 0}
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "name", "value", "wanted"),
+    [
+        (_C.WindowGather, WINDOWS | ADDRESSES, "code_bytes", 3, "want 1, 2 or 4"),
+        (_C.WindowGather, WINDOWS | ADDRESSES, "out_bytes", 2, "want 4 or 8"),
+        (_C.WindowGather, WINDOWS | ADDRESSES, "num_categories", 0, "want at least 1"),
+        (_C.WindowGather, WINDOWS | ADDRESSES, "src_seq_len", -1, "want at least 0"),
+        (_C.WindowGather, WINDOWS | ADDRESSES, "num_targets", 0, "want at least 1"),
+        (_C.RowGather, ROWS | {"codes": 0}, "code_bytes", 8, "want 1, 2 or 4"),
+        (_C.RowGather, ROWS | {"codes": 0}, "num_categories", -1, "want at least 1"),
+        (_C.RowGather, ROWS | {"codes": 0}, "num_rows", -1, "want at least 0"),
+        (_C.GatherPool, POOL, "num_threads", -1, "want 0 to 1024"),
+        (_C.GatherPool, POOL, "num_threads", 1025, "want 0 to 1024"),
+    ],
+)
+def test_constructors_name_what_they_refuse(make: Any, arguments: dict, name: str, value: int, wanted: str) -> None:
+    make(**arguments)
+    with pytest.raises(ValueError, match=f"^{name} is {value}; {wanted}$"):
+        make(**{**arguments, name: value})
+
+
+def test_too_many_streams_are_refused() -> None:
+    with pytest.raises(ValueError, match="streams has 9 entries; want at most 8"):
+        _C.WindowGather(**{**WINDOWS, **ADDRESSES, "streams": [(0, 0, 0)] * 9})

@@ -335,6 +335,7 @@ def test_a_state_without_a_key_is_refused(key):
     [
         ({"num_samples": 0}, "num_samples is 0"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": 2**63}, "batch_size is 9223372036854775808; want 1 to 281474976710656"),
         ({"world_size": 2, "rank": 2}, "rank is 2; want 0 to 1"),
         ({"num_samples": 2**48 + 1}, "num_samples is 281474976710657"),
         ({"window": 0}, "window is 0; want at least 1"),

@@ -116,3 +116,19 @@ def test_what_is_written_reads_back_equal(tmp_path: Path) -> None:
     path.write_text(tomli_w.dumps(to_mapping(config)))
     assert read_config(path, Outer) == config
     assert from_mapping(Outer, to_mapping(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("deep.toml", "epochs = " + "[" * 5_000, "deep.toml: not valid TOML: "),
+        ("deep.json", '{"epochs": ' + "[" * 100_000, "deep.json: not valid JSON: "),
+        ("long.toml", "epochs = " + "9" * 5_000, "long.toml: not valid TOML: Exceeds the limit"),
+        ("wide.json", '{"lr": 1' + "0" * 400 + "}", "wide.json: lr is 10+, but must be of type float"),
+    ],
+)
+def test_a_file_beyond_what_a_parser_can_hold_is_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_config(tmp_path / name, Outer)
+    assert "\n" not in str(caught.value)
