@@ -12,6 +12,7 @@
 
 #include "attention.h"
 #include "class_draws.h"
+#include "csv_reader.h"
 #include "decoder_step.h"
 #include "gather.h"
 #include "gather_pool.h"
@@ -125,6 +126,23 @@ struct TargetsCall {
   }
 };
 
+using CsvMistakeTuple = std::tuple<const char*, int64_t, int64_t, int64_t, int64_t>;
+
+// At most `most` of a reader's mistakes, the first ones.
+std::vector<CsvMistakeTuple> csv_mistakes(const CsvReader& reader, size_t most) {
+  constexpr std::array<const char*, 4> kFaults = {"num_fields", "never_closed", "after_quote", "swallowed"};
+  std::vector<CsvMistakeTuple> told;
+  for (const CsvMistake& each : reader.mistakes()) {
+    if (told.size() == most) break;
+    told.emplace_back(kFaults[static_cast<int>(each.fault)], each.row, each.line, each.number, each.other_line);
+  }
+  return told;
+}
+
+py::bytes bytes_of(const auto& values) {
+  return {reinterpret_cast<const char*>(values.data()), values.size() * sizeof(values[0])};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -151,6 +169,27 @@ PYBIND11_MODULE(_C, module) {
       },
       py::arg("n"), py::kw_only(), py::arg("seed"), py::arg("epoch"), py::arg("part"), py::arg("start"),
       py::arg("count"), py::arg("out"), py::arg("num_threads"));
+
+  py::class_<CsvReader>(module, "CsvReader")
+      .def(py::init<int64_t>(), py::kw_only(), py::arg("most_bytes"))
+      .def("read_header", &CsvReader::read_header, py::arg("block"), py::arg("is_last"))
+      .def("select", &CsvReader::select, py::arg("wanted"), py::arg("time_field"))
+      .def("read", &CsvReader::read, py::arg("block"), py::arg("is_last"), py::call_guard<py::gil_scoped_release>())
+      .def("mistakes", &csv_mistakes, py::arg("most"))
+      .def("lines", [](const CsvReader& self) { return bytes_of(self.lines()); })
+      .def("columns",
+           [](const CsvReader& self) {
+             std::vector<std::pair<py::bytes, py::bytes>> columns;
+             for (const CsvColumn& each : self.columns()) {
+               columns.emplace_back(bytes_of(each.offsets), bytes_of(each.text));
+             }
+             return columns;
+           })
+      .def_property_readonly(
+          "header",
+          [](const CsvReader& self) { return std::vector<py::bytes>(self.header().begin(), self.header().end()); })
+      .def_property_readonly("num_mistakes", [](const CsvReader& self) { return self.mistakes().size(); })
+      .def_property_readonly("next_line", &CsvReader::next_line);
 
   // A window gather's addresses, prepared once for a store and reused for every batch.
   py::class_<WindowGather>(module, "WindowGather")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from eventkern.data import columns as read
 from eventkern.data.schema import Category, DataError, Schema
-from eventkern.data.source import MOST_LISTED, Advance, Skipped, SourceFile, described
+from eventkern.data.source import MOST_LISTED, SKIP, Advance, Batch, Skipped, SourceFile
 from eventkern.data.store import BLOCK_ROWS
 from eventkern.data.vocabulary import ValueNumbers
 
@@ -24,7 +24,6 @@ MENDS = {
     "number": "no finite number; write it like 7.5, or leave it empty",
     "flag": "neither false nor true; write 0, 1, false or true",
 }
-SKIP = "or skip such rows (--on-error skip)"
 
 
 class Spill:
@@ -105,16 +104,14 @@ def ingest(
     done_bytes = 0.0
     for file in files:
         complaints: list[tuple[int, str]] = []
-        num_bad = row = 0
+        num_bad = 0
         for batch in file.batches(skip_malformed=on_error == "skip"):
             bad = _ingest_batch(batch, schema, ingested, file)
             if bad and on_error == "raise":
                 first = min(bad)
-                place = file.places([row + first])[row + first]
-                raise DataError(f"{described(file, place, bad[first])}, {SKIP}")
-            complaints += [(row + b, bad[b]) for b in sorted(bad)[: MOST_LISTED - len(complaints)]]
+                raise DataError(f"{file.described(int(batch.places[first]), bad[first])}, {SKIP}")
+            complaints += [(int(batch.places[b]), bad[b]) for b in sorted(bad)[: MOST_LISTED - len(complaints)]]
             num_bad += len(bad)
-            row += batch.num_rows
             advance(done_bytes + file.share_read * file.path.stat().st_size, total_bytes)
         ingested.skipped.add(file, complaints, num_bad)
         done_bytes += file.path.stat().st_size
@@ -124,18 +121,18 @@ def ingest(
     return ingested
 
 
-def _ingest_batch(batch: pa.RecordBatch, schema: Schema, ingested: Ingested, file: SourceFile) -> dict[int, str]:
+def _ingest_batch(batch: Batch, schema: Schema, ingested: Ingested, file: SourceFile) -> dict[int, str]:
     """Spill a batch without its bad rows; returns the complaint about each of those."""
-    complaints: dict[int, str] = {}
+    complaints = dict(batch.complaints)
     raw: dict[str, Any] = {}
-    for name, category, values, bad, wanted in _read_columns(batch, schema, file):
+    for name, category, values, bad, wanted in _read_columns(batch.columns, schema, file):
         column = category.column if category else schema.timestamp
         for row in bad:
-            value = batch.column(column)[row].as_py()
-            held = "is missing, so it is" if value is None else f"holds {str(value)[:60]!r}, which is"
+            value = batch.columns.column(column)[row].as_py()
+            held = "is missing, so it is" if value in (None, "") else f"holds {str(value)[:60]!r}, which is"
             complaints.setdefault(row, f"column {column!r} {held} {MENDS[wanted]}")
         raw[name] = values
-    keep = np.ones(batch.num_rows, bool)
+    keep = np.ones(batch.columns.num_rows, bool)
     keep[list(complaints)] = False
     if not keep.any():
         return complaints

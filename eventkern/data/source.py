@@ -1,45 +1,58 @@
-"""CSV and Parquet files read in batches, and the way back from a row to its line. (pyarrow loads here.)"""
+"""CSV and Parquet files read in batches, each row with its place. (pyarrow loads here.)"""
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet
+from numpy.typing import NDArray
 
+from eventkern.data.csv_records import CsvRecords
 from eventkern.data.schema import DataError
 
 BATCH_ROWS = 1 << 14
-BATCH_BYTES = 1 << 18
-"""Of CSV text; arrow reads up to 32 such blocks ahead."""
-
 MOST_LISTED = 10
+SKIP = "or skip such rows (--on-error skip)"
 
 Advance = Callable[[float, float], None]
 """Called with what is done and the total, in any unit."""
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Some rows of a file, in their order.
+
+    Attributes:
+        columns: the wanted columns; text where the file is CSV.
+        places: (rows,) line on which each starts (CSV), or its number (Parquet), from 1.
+        complaints: about rows that hold a value which cannot be read at all, by number of the row in `columns`.
+    """
+
+    columns: pa.RecordBatch
+    places: NDArray[np.int64]
+    complaints: dict[int, str] = field(default_factory=dict)
+
+
 @dataclass
 class SourceFile:
-    """One CSV or Parquet file.
+    """One CSV or Parquet file. What is not read of it need not be valid, as long as its rows can be told apart.
 
     Attributes:
         path: the file.
-        columns: the columns to read.
-        width: fields of a CSV record, as its header has them; 0 for Parquet.
-        malformed: CSV records skipped so far for having another number of fields.
+        columns: the columns to read, that of the time first.
+        num_malformed: CSV records skipped so far for a wrong number of fields or a quote that is left open.
+        malformed: line and fault of the first of them.
         share_read: how much of the file `batches` has passed, 0 to 1.
     """
 
     path: Path
     columns: tuple[str, ...]
-    width: int = 0
-    malformed: int = 0
+    num_malformed: int = 0
+    malformed: list[tuple[int, str]] = field(default_factory=list)
     share_read: float = 0.0
 
     @property
@@ -49,113 +62,110 @@ class SourceFile:
     def check(self) -> None:
         """Raise DataError unless the header names every column once."""
         try:
-            held = self._header()
-        except (pa.ArrowInvalid, UnicodeDecodeError, csv.Error) as error:
+            if self.is_csv:
+                with self.path.open("rb") as file:
+                    self._fields(CsvRecords(self.path, file, MOST_LISTED).header)
+            else:
+                self._require_columns(list(pa.parquet.read_schema(self.path).names))
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise self._unreadable(error) from error
+
+    def batches(self, skip_malformed: bool) -> Iterator[Batch]:
+        """The wanted columns, a bounded number of rows at a time.
+
+        Args:
+            skip_malformed: go on after CSV records that break the rules, and count them.
+
+        Raises:
+            DataError: such a record otherwise, or a file that cannot be read.
+        """
+        try:
+            yield from self._csv_batches(skip_malformed) if self.is_csv else self._parquet_batches()
+        except (pa.ArrowException, OSError) as error:
+            raise self._unreadable(error, self._damaged_column()) from error
+
+    def described(self, place: int, complaint: str) -> str:
+        """A complaint about one row, with its place."""
+        return f"{self.path}, {'line' if self.is_csv else 'row'} {place}: {complaint}"
+
+    def _fields(self, header: list[bytes]) -> dict[str, int]:
+        """The field number of each column."""
+        names = [name.decode(errors="replace") for name in header]
+        wanted = [column.encode() for column in self.columns]
+        if not set(wanted) <= set(header):
+            b"\n".join(header).decode()  # a name is not missing where the file is no UTF-8 at all
+        self._require_columns(names)
+        return dict(zip(self.columns, map(header.index, wanted), strict=True))
+
+    def _require_columns(self, held: list[str]) -> None:
         for column in self.columns:
             if held.count(column) != 1:
                 fault = "is missing" if column not in held else "is named twice"
                 raise DataError(
-                    f"{self.path}: column {column!r} {fault}; the file has {', '.join(map(repr, held))}: "
+                    f"{self.path}: column {column!r} {fault}; the file has {_listed(held)}: "
                     "rename the file's column, or the schema's"
                 )
 
-    def batches(self, skip_malformed: bool) -> Iterator[pa.RecordBatch]:
-        """The wanted columns, a bounded number of rows at a time; text where the file is CSV."""
-        try:
-            yield from self._csv_batches(skip_malformed) if self.is_csv else self._parquet_batches()
-        except pa.ArrowInvalid as error:
-            bad = self.malformed_records(1) if self.is_csv else []
-            raise (DataError(f"{self.path}, {bad[0][1]}") if bad else self._unreadable(error)) from error
+    def _csv_batches(self, skip_malformed: bool) -> Iterator[Batch]:
+        num_bytes = self.path.stat().st_size
+        with self.path.open("rb") as file:
+            records = CsvRecords(self.path, file, MOST_LISTED)
+            fields = self._fields(records.header)
+            for block in records.blocks(fields, fields[self.columns[0]]):
+                self.share_read = block.num_bytes / max(num_bytes, 1)
+                if block.mistakes and not skip_malformed:  # a bad row before it is the first fault of the file
+                    first = block.mistakes[0]
+                    complaints = {row: told for row, told in block.complaints.items() if row < first.row}
+                    yield Batch(block.columns[: first.row], block.lines[: first.row], complaints)
+                    raise DataError(f"{self.described(first.line, first.told)}, {SKIP}")
+                self.num_malformed += block.num_mistakes
+                room = MOST_LISTED - len(self.malformed)
+                self.malformed += [(mistake.line, mistake.told) for mistake in block.mistakes[:room]]
+                yield Batch(block.columns, block.lines, block.complaints)
 
-    def places(self, rows: Iterable[int]) -> dict[int, int]:
-        """Line (CSV, where the record starts) or row (Parquet) of each row number of `batches`, counted from 1."""
-        if not self.is_csv:
-            return {row: row + 1 for row in rows}
-        wanted, lines, row = set(rows), {}, 0
-        for line, record in self._records():
-            if len(record) == self.width:
-                if row in wanted:
-                    lines[row] = line
-                row += 1
-            if len(lines) == len(wanted):
-                break
-        return lines
-
-    def malformed_records(self, most: int) -> list[tuple[int, str]]:
-        """Line and complaint of the first records whose number of fields is not the header's."""
-        found = []
-        for line, record in self._records():
-            if len(record) != self.width:
-                fault = "too few" if len(record) < self.width else "too many"
-                mend = f"the header has {self.width}: complete the line, or skip such rows (--on-error skip)"
-                found.append((line, f"line {line}: {fault} fields, {len(record)}; {mend}"))
-                if len(found) == most:
-                    break
-        return found
-
-    def _header(self) -> list[str]:
-        if not self.is_csv:
-            return list(pa.parquet.read_schema(self.path).names)
-        with self.path.open(newline="", encoding="utf-8-sig") as file:
-            header = next((record for record in csv.reader(file) if record), None)
-        if header is None:
-            raise DataError(f"{self.path}: is empty; give a CSV file with a header line")
-        self.width = len(header)
-        return header
-
-    def _records(self) -> Iterator[tuple[int, list[str]]]:
-        """Each record below the header with the line on which it starts; blank lines hold no record."""
-        with self.path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-            reader = csv.reader(file)
-            line, is_header = 1, True
-            try:
-                for record in reader:
-                    if record and not is_header:
-                        yield line, record
-                    is_header = is_header and not record
-                    line = reader.line_num + 1
-            except csv.Error as error:
-                raise DataError(f"{self.path}, line {line}: {error}; is a quote left open there?") from error
-
-    def _csv_batches(self, skip_malformed: bool) -> Iterator[pa.RecordBatch]:
-        def on_malformed(row: Any) -> str:
-            self.malformed += 1
-            return "skip" if skip_malformed else "error"
-
-        if next(self._records(), None) is None:  # arrow refuses a header without a line end
-            return
-        with (
-            pa.OSFile(str(self.path)) as file,
-            pa.csv.open_csv(
-                file,
-                pa.csv.ReadOptions(use_threads=False, block_size=BATCH_BYTES),
-                pa.csv.ParseOptions(newlines_in_values=True, invalid_row_handler=on_malformed),
-                pa.csv.ConvertOptions(
-                    include_columns=list(self.columns),
-                    column_types=dict.fromkeys(self.columns, pa.string()),
-                    null_values=[""],  # which other texts mean a missing value depends on the category's kind
-                    strings_can_be_null=True,
-                ),
-            ) as reader,
-        ):
-            for batch in reader:
-                self.share_read = file.tell() / file.size()
-                yield batch
-
-    def _parquet_batches(self) -> Iterator[pa.RecordBatch]:
+    def _parquet_batches(self) -> Iterator[Batch]:
         # Without pre_buffer=False arrow fetches a whole row group, which may be the whole file.
-        with pa.parquet.ParquetFile(self.path, buffer_size=1 << 16, pre_buffer=False) as file:
-            rows = 0
-            for batch in file.iter_batches(BATCH_ROWS, columns=list(self.columns), use_threads=False):
-                rows += batch.num_rows
-                self.share_read = rows / file.metadata.num_rows
-                yield batch
+        with pa.parquet.ParquetFile(
+            self.path, buffer_size=1 << 16, pre_buffer=False, page_checksum_verification=True
+        ) as file:
+            rows, num_rows = 0, file.metadata.num_rows
+            for columns in file.iter_batches(BATCH_ROWS, columns=list(self.columns), use_threads=False):
+                places = np.arange(rows + 1, rows + columns.num_rows + 1)
+                rows += columns.num_rows
+                self.share_read = rows / num_rows
+                yield Batch(columns, places)
+        if rows != num_rows:
+            raise DataError(f"{self.path}: gave {rows} rows where it says {num_rows}; write the file again")
 
-    def _unreadable(self, error: Exception) -> DataError:
+    def _damaged_column(self) -> str | None:
+        """The first column that a Parquet file does not give."""
+        if not self.is_csv:
+            for column in self.columns:
+                try:
+                    for _ in SourceFile(self.path, (column,))._parquet_batches():
+                        pass
+                except (pa.ArrowException, OSError):
+                    return column
+        return None
+
+    def _unreadable(self, error: Exception, column: str | None = None) -> DataError:
+        if isinstance(error, OSError) and error.errno is not None:
+            return cannot_be_read(self.path, error)
         reason = str(error).splitlines()[0]
         mend = "save it as UTF-8 text, comma-separated" if self.is_csv else "write the file again"
-        return DataError(f"{self.path}: not readable as {'CSV' if self.is_csv else 'Parquet'} ({reason}); {mend}")
+        where = self.path if column is None else f"{self.path}: column {column!r}"
+        return DataError(f"{where}: not readable as {'CSV' if self.is_csv else 'Parquet'} ({reason}); {mend}")
+
+
+def cannot_be_read(path: Path, error: OSError) -> DataError:
+    """What the system says of a file or folder, in one line with its name."""
+    return DataError(f"{path}: cannot be read ({error.strerror}); give a file that can, or a folder of such")
+
+
+def _listed(names: list[str], most: int = 50) -> str:
+    """Names in quotes, cut where they would fill a screen."""
+    shown = ", ".join(repr(name if len(name) <= 60 else f"{name[:57]}...") for name in names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 def source_files(source: str | Path, columns: tuple[str, ...]) -> list[SourceFile]:
@@ -166,24 +176,35 @@ def source_files(source: str | Path, columns: tuple[str, ...]) -> list[SourceFil
         columns: the columns to read.
 
     Raises:
-        DataError: no such file, no CSV or Parquet in the folder, both kinds at once, or a missing column.
+        DataError: no such file, no CSV or Parquet in the folder, both kinds at once, a folder of such a name in it, a
+            missing column, or what the system or Arrow cannot read.
     """
     path = Path(source)
+    try:
+        paths = _paths(path)
+    except OSError as error:
+        raise cannot_be_read(path, error) from error
+    files = [SourceFile(file, columns) for file in paths]
+    for file in files:
+        file.check()
+    return files
+
+
+def _paths(path: Path) -> list[Path]:
     if path.is_dir():
         paths = sorted(file for file in path.iterdir() if file.suffix.lower() in (".csv", ".parquet"))
         if len({file.suffix.lower() for file in paths}) != 1:
             fault = "CSV and Parquet files side by side" if paths else "no .csv or .parquet file"
             raise DataError(f"{path}: the folder holds {fault}; give a folder of one kind")
-    elif not path.is_file():
+        for file in paths:
+            if file.is_dir():
+                raise DataError(f"{file}: is a folder inside the source; give it alone, or move its files out of it")
+        return paths
+    if not path.is_file():
         raise DataError(f"{path}: no such file or folder; give a CSV file, a Parquet file, or a folder of either")
-    elif path.suffix.lower() not in (".csv", ".parquet"):
+    if path.suffix.lower() not in (".csv", ".parquet"):
         raise DataError(f"{path}: ends in {path.suffix!r}; give a .csv or .parquet file, or a folder of either")
-    else:
-        paths = [path]
-    files = [SourceFile(file, columns) for file in paths]
-    for file in files:
-        file.check()
-    return files
+    return [path]
 
 
 @dataclass
@@ -199,17 +220,8 @@ class Skipped:
     listed: list[str] = field(default_factory=list)
 
     def add(self, file: SourceFile, complaints: list[tuple[int, str]], num_bad: int) -> None:
-        """Count a file's bad rows and list the first of them in the order of their lines."""
-        self.count += num_bad + file.malformed
+        """Count a file's bad rows, and list the first of them in the order of their places."""
+        self.count += num_bad + file.num_malformed
         room = MOST_LISTED - len(self.listed)
-        if room > 0 and num_bad + file.malformed:
-            places = file.places(row for row, _ in complaints)
-            lines = [(places[row], described(file, places[row], text)) for row, text in complaints]
-            if file.malformed:
-                lines += [(line, f"{file.path}, {text}") for line, text in file.malformed_records(room)]
-            self.listed += [text for _, text in sorted(lines)[:room]]
-
-
-def described(file: SourceFile, place: int, complaint: str) -> str:
-    """A complaint about one row, with its place."""
-    return f"{file.path}, {'line' if file.is_csv else 'row'} {place}: {complaint}"
+        first = sorted(complaints + file.malformed)[:room]
+        self.listed += [file.described(place, text) for place, text in first]

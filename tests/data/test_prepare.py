@@ -372,7 +372,7 @@ MEMORY_SCRIPT = """
 
 
 def test_memory_stays_under_32_bytes_an_event_and_one_batch(tmp_path: Path) -> None:
-    """One batch, 256 KiB of CSV text (32 are read ahead) or 16,384 rows, and its parsed forms: 12 MiB."""
+    """One batch, 256 KiB of CSV text or 16,384 rows, and its parsed forms: 12 MiB."""
     batch_bytes = 12 << 20
     sizes = (2_000, 300_000)
     for num_events in sizes:
