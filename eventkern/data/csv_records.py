@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from eventkern import _C
 from eventkern.data.schema import DataError
+from eventkern.data.text import readable_text
 
 BATCH_BYTES = 1 << 18
 """Of text in a block; a record that is longer makes its block as long as it is."""
@@ -115,8 +116,10 @@ class CsvRecords:
         while True:
             passed = self._reader.read(self._text, self._is_last)
             complaints: dict[int, str] = {}
-            texts = zip(columns, self._reader.columns(), strict=True)
-            arrays = [_text_array(name, *text, complaints) for name, text in texts]
+            arrays = []
+            for name, (offsets, text) in zip(columns, self._reader.columns(), strict=True):
+                array = pa.StringArray.from_buffers(len(offsets) // 4 - 1, pa.py_buffer(offsets), pa.py_buffer(text))
+                arrays.append(readable_text(name, array, complaints, "save the file as UTF-8 text"))
             yield Block(
                 pa.RecordBatch.from_arrays(arrays, list(columns)),
                 np.frombuffer(self._reader.lines(), np.int64),
@@ -160,20 +163,3 @@ class CsvRecords:
             f"{opens}, for line {other_line} inside the quotes reads as a record of its own; {CLOSE} (a table whose "
             "text holds such lines: give it as Parquet)"
         )
-
-
-def _text_array(name: str, offsets: bytes, text: bytes, complaints: dict[int, str]) -> pa.Array:
-    """A column of text; a value that is not UTF-8 is complained of, and holds replacement characters."""
-    array = pa.StringArray.from_buffers(len(offsets) // 4 - 1, pa.py_buffer(offsets), pa.py_buffer(text))
-    if text.isascii():
-        return array
-    try:
-        array.validate(full=True)
-        return array
-    except pa.ArrowInvalid:
-        values = array.view(pa.binary()).to_pylist()
-    read = [value.decode(errors="replace") for value in values]
-    for row, (value, shown) in enumerate(zip(values, read, strict=True)):
-        if shown.encode() != value:
-            complaints.setdefault(row, f"column {name!r} holds {value[:60]!r}, not UTF-8: save the file as UTF-8 text")
-    return pa.array(read, pa.string())

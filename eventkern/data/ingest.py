@@ -179,9 +179,18 @@ def _read_columns(
                 yield category.name, category, *read.read_flags(batch.column(column)), "flag"
             else:
                 yield category.name, category, read.read_identifiers(batch.column(column)), [], ""
-        except (DataError, pa.ArrowNotImplementedError) as error:
+        except (DataError, pa.ArrowException) as error:
             what = "" if category is None else f" of category {category.name!r} (kind {category.kind!r})"
-            raise DataError(f"{file.path}: column {column!r}{what} {error}") from error
+            told = str(error) if isinstance(error, DataError) else _told(error, schema)
+            raise DataError(f"{file.path}: column {column!r}{what} {told}") from error
+
+
+def _told(error: Exception, schema: Schema) -> str:
+    """What Arrow says of a column, in one line with the mend."""
+    reason = str(error).splitlines()[0]
+    if "imezone" in reason:  # Arrow reads the system's zones alone, not those of Python's package
+        return f"needs the system's time zones ({reason}); install its package tzdata, for {schema.timezone!r}"
+    return f"is not readable ({reason}); write it as text"
 
 
 def _numbered(identifiers: pa.Array, values: ValueNumbers) -> NDArray[np.int32]:

@@ -180,7 +180,11 @@ class Schema:
         try:
             zoneinfo.ZoneInfo(self.timezone)
         except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError) as error:  # a folder of zones, a long name
-            raise DataError(f"key 'timezone': {self.timezone!r} is no IANA zone; write e.g. 'UTC'") from error
+            if not zoneinfo.available_timezones():
+                fault = "is not found, for this machine has no time zones; install the system's package tzdata"
+            else:
+                fault = "is no IANA zone; write e.g. 'UTC'"
+            raise DataError(f"key 'timezone': {self.timezone!r} {fault}") from error
         try:
             datetime.datetime.fromisoformat(self.split)
         except ValueError as error:
@@ -234,7 +238,7 @@ class Schema:
                 raise DataError(f"{path}: no such schema file; give the path of a TOML file, or one of: {names}")
             file = shipped
         try:
-            return cls.from_dict(tomllib.loads(file.read_text(encoding="utf-8")))
+            return cls.from_dict(tomllib.loads(file.read_text(encoding="utf-8-sig")))
         except UnicodeDecodeError as error:
             raise DataError(f"{file}: not UTF-8 text; save it as UTF-8") from error
         except DataError as error:

@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 
 from eventkern.data.csv_records import CsvRecords
 from eventkern.data.schema import DataError
+from eventkern.data.text import readable_text
 
 BATCH_ROWS = 1 << 14
 MOST_LISTED = 10
+BYTES = "write it as text, such as the hexadecimal digits of its bytes"
 SKIP = "or skip such rows (--on-error skip)"
 
 Advance = Callable[[float, float], None]
@@ -133,7 +135,9 @@ class SourceFile:
                 places = np.arange(rows + 1, rows + columns.num_rows + 1)
                 rows += columns.num_rows
                 self.share_read = rows / num_rows
-                yield Batch(columns, places)
+                complaints: dict[int, str] = {}
+                read = [readable_text(name, columns.column(name), complaints, BYTES) for name in self.columns]
+                yield Batch(pa.RecordBatch.from_arrays(read, list(self.columns)), places, complaints)
         if rows != num_rows:
             raise DataError(f"{self.path}: gave {rows} rows where it says {num_rows}; write the file again")
 

@@ -369,7 +369,7 @@ def _read_info(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise DataError(f"{folder}: holds no event store (no store.json); make one with `eventkern prepare`")
     try:
-        info = json.loads(file.read_text(encoding="utf-8"))
+        info = json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:  # of json and of the UTF-8 decoder; nested too deep
         raise DataError(f"{file}: damaged, not JSON ({error}); {AGAIN}") from error
     if not isinstance(info, dict) or info.get("format") != FORMAT:

@@ -122,7 +122,7 @@ def read_config(path: Path, config_class: type[Config]) -> Config:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such configuration file")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # of json, tomllib and the UTF-8 decoder; nested too deep
         raise ConfigError(f"{path}: not valid {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from error
