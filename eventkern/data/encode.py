@@ -18,6 +18,7 @@ from eventkern.data.sections import code_dtype, lay_out
 from eventkern.data.source import Advance
 from eventkern.data.store import FORMAT_VERSION, EventStore
 from eventkern.data.vocabulary import MISSING_CLASS, Classes, fit_bins, fit_fixed, fit_id, told_classes
+from eventkern.disk import wanting, write_all
 
 OOV_SIZES = (100, 1000, 4096)
 NEVER = np.iinfo(np.int64).min
@@ -59,7 +60,8 @@ def write_binary(
     _sort(ingested)
     watch("sorting", 1, 1)
     at = {section.name: section.offset for section in sections}
-    with file.open("wb", buffering=0) as binary:
+    foreseen = partial(int, ingested.spill.num_bytes + num_bytes)
+    with wanting(foreseen), file.open("wb", buffering=0) as binary:
         rates = _write_rows(ingested, schema, classes, binary, at, split_row, partial(watch, "encoding"))
         for entity, counts in entity_counts.items():
             _write_index(ingested, entity, counts, binary, at)
@@ -151,7 +153,7 @@ def _sort(ingested: Ingested) -> None:
 
 def _write_at(binary: FileIO, offset: int, values: NDArray[Any]) -> None:
     binary.seek(offset)
-    values.tofile(binary)
+    write_all(binary, values)
 
 
 def _write_rows(

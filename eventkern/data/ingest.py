@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -17,8 +19,10 @@ from eventkern.data.schema import Category, DataError, Schema
 from eventkern.data.source import MOST_LISTED, SKIP, Advance, Batch, Skipped, SourceFile
 from eventkern.data.store import BLOCK_ROWS
 from eventkern.data.vocabulary import ValueNumbers
+from eventkern.disk import wanting, write_all
 
 TIMESTAMP = ""  # no category has an empty name
+SPILLED_BYTES = {"id": 4, "flag": 2, "bins": 8, "time": 2, "elapsed": 0}
 MENDS = {
     "timestamp": "no timestamp between 1678 and 2261; write it like 2013-11-01T09:30:00",
     "number": "no finite number; write it like 7.5, or leave it empty",
@@ -27,12 +31,18 @@ MENDS = {
 
 
 class Spill:
-    """Columns of numbers in files, written and read in blocks (maps of the files would count as memory in use)."""
+    """Columns of numbers in files, written and read in blocks (maps of the files would count as memory in use).
+
+    Attributes:
+        num_bytes: of all of them.
+    """
+
+    num_bytes = 0
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir()
         self._folder = folder
-        self._files: dict[str, BinaryIO] = {}
+        self._files: dict[str, FileIO] = {}
         self._dtypes: dict[str, np.dtype[Any]] = {}
 
     @property
@@ -43,15 +53,15 @@ class Spill:
         """Add values at the end of a column, which the first call creates."""
         if name not in self._files:
             # Files are numbered, for a category's name need not be a file's.
-            self._files[name] = (self._folder / str(len(self._files))).open("w+b")
+            self._files[name] = (self._folder / str(len(self._files))).open("w+b", buffering=0)
             self._dtypes[name] = values.dtype
         self._files[name].seek(0, os.SEEK_END)
-        self._files[name].write(np.ascontiguousarray(values).data)
+        write_all(self._files[name], values)
+        self.num_bytes += values.nbytes
 
     def read(self, name: str, block: slice) -> NDArray[Any]:
         """The values of a block of rows."""
         file, dtype = self._files[name], self._dtypes[name]
-        file.flush()
         return np.fromfile(file.name, dtype, block.stop - block.start, offset=block.start * dtype.itemsize)
 
     def reorder(self, name: str, order: NDArray[np.int64]) -> None:
@@ -59,7 +69,7 @@ class Spill:
         values = self.read(name, slice(0, len(order)))
         self._files[name].seek(0)
         for block in blocks(len(order)):
-            self._files[name].write(values[order[block]].data)
+            write_all(self._files[name], values[order[block]])
 
     def close(self) -> None:
         for file in self._files.values():
@@ -101,24 +111,34 @@ def ingest(
     """
     ingested = Ingested(spill, values={c.name: ValueNumbers() for c in schema.categories if c.kind == "id"})
     total_bytes = sum(file.path.stat().st_size for file in files)
-    done_bytes = 0.0
+    done_bytes, num_rows = 0.0, 0
     for file in files:
         complaints: list[tuple[int, str]] = []
         num_bad = 0
         for batch in file.batches(skip_malformed=on_error == "skip"):
-            bad = _ingest_batch(batch, schema, ingested, file)
+            share_done = (done_bytes + file.share_read * file.path.stat().st_size) / total_bytes
+            num_rows += batch.columns.num_rows
+            with wanting(partial(_foreseen_bytes, schema, int(num_rows / share_done))):
+                bad = _ingest_batch(batch, schema, ingested, file)
             if bad and on_error == "raise":
                 first = min(bad)
                 raise DataError(f"{file.described(int(batch.places[first]), bad[first])}, {SKIP}")
             complaints += [(int(batch.places[b]), bad[b]) for b in sorted(bad)[: MOST_LISTED - len(complaints)]]
             num_bad += len(bad)
-            advance(done_bytes + file.share_read * file.path.stat().st_size, total_bytes)
+            advance(share_done, 1)
         ingested.skipped.add(file, complaints, num_bad)
         done_bytes += file.path.stat().st_size
     if not ingested.num_events:
         skipped = f" ({ingested.skipped.count} rows skipped)" if ingested.skipped.count else ""
         raise DataError(f"{files[0].path}: the table is empty{skipped}; give at least one event")
     return ingested
+
+
+def _foreseen_bytes(schema: Schema, num_rows: int) -> int:
+    """What the spilled columns and the store of so many rows take on the disk together."""
+    spilled = 8 + sum(SPILLED_BYTES[category.kind] for category in schema.categories)
+    stored = 8 + 2 * len(schema.categories) + 12 * len(schema.entities)  # times, codes, both ways of each index
+    return (spilled + stored) * num_rows
 
 
 def _ingest_batch(batch: Batch, schema: Schema, ingested: Ingested, file: SourceFile) -> dict[int, str]:

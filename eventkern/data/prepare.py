@@ -27,7 +27,7 @@ from eventkern.data.report import PrepareReport, progress_bar
 from eventkern.data.schema import DataError, Schema
 from eventkern.data.source import source_files
 from eventkern.data.store import FORMAT, EventStore, floor_key
-from eventkern.disk import flush
+from eventkern.disk import NO_SPACE, NoSpaceError, flush, no_space
 
 Floor = Mapping[int, Sequence[float]] | Callable[[EventStore], Mapping[int, Sequence[float]]]
 
@@ -71,6 +71,7 @@ def prepare(
         DataError: a file, column, row or split that does not fit, in one line with its place and mend. Nothing is left
             then, nor after an interruption; a process that is killed leaves a hidden `.NAME.preparing-*` beside `out`,
             which the next prepare of the same `out` on that machine removes.
+        OSError: a full disk, with the bytes wanted (foreseen from what was read so far) and free; nothing is left.
     """
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error is {on_error!r}; give 'raise' or 'skip'")
@@ -80,7 +81,7 @@ def prepare(
         )
     started = time.perf_counter()
     files = source_files(source, schema.columns)
-    with _published(Path(out), overwrite) as folder, progress_bar(progress) as watch:
+    with on_a_disk_with_room(Path(out)), _published(Path(out), overwrite) as folder, progress_bar(progress) as watch:
         spill = Spill(folder / "spill")
         try:
             ingested = ingest(files, schema, spill, on_error, partial(watch, "reading"))
@@ -103,6 +104,20 @@ def prepare(
             info["floor"] = _checked_floor(floors, info)
             _write_info(folder, info)
     return PrepareReport(Path(out), info, tuple(ingested.skipped.listed), time.perf_counter() - started)
+
+
+@contextmanager
+def on_a_disk_with_room(out: Path) -> Iterator[None]:
+    """Tells in one line that the disk of a store was full, once what was written there is gone."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        wanted_bytes = error.wanted_bytes if isinstance(error, NoSpaceError) else None
+        folder = next(place for place in out.absolute().parents if place.is_dir())
+        mend = "nothing was written; make room, or give an --out on another disk"
+        raise no_space(error, str(out), wanted_bytes, folder, mend) from error
 
 
 @contextmanager

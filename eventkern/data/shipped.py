@@ -61,7 +61,7 @@ def prepare_source(
     Raises:
         DataError: as `prepare`; or a source without a schema.
     """
-    from eventkern.data.prepare import made_parents, prepare
+    from eventkern.data.prepare import made_parents, on_a_disk_with_room, prepare
 
     options["like"] = like
     if schema is None and like is not None:
@@ -78,10 +78,14 @@ def prepare_source(
         if source == "flights":
             from eventkern.data import flights
 
-            return prepare(flights.write_table(table), schema, out, **options)
+            with on_a_disk_with_room(out):
+                flights.write_table(table)
+            return prepare(table, schema, out, **options)
         from eventkern.data import synthetic, synthetic_floor
 
         def floor(store: EventStore) -> dict[int, list[float]]:
             return {size: floors.tolist() for size, floors in synthetic_floor.known_floor(store).items()}
 
-        return prepare(synthetic.write_table(table), schema, out, floor=floor, **options)
+        with on_a_disk_with_room(out):
+            synthetic.write_table(table)
+        return prepare(table, schema, out, floor=floor, **options)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from eventkern.disk import flush
-
-NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+from eventkern.disk import NO_SPACE, flush, no_space
 
 
 def write_whole(writers: Mapping[Path, Callable[[IO[bytes]], object]]) -> None:
@@ -76,7 +72,5 @@ def _no_space(error: OSError, writers: Mapping[Path, Callable[[IO[bytes]], objec
     counter: Any = _Counter()
     for write in writers.values():
         write(counter)
-    free_bytes = shutil.disk_usage(next(iter(writers)).parent).free  # without the temporary files, which are gone
     names = " and ".join(map(str, writers))
-    sizes = f"{counter.num_bytes:,} bytes wanted, {free_bytes:,} free"
-    return OSError(error.errno, f"{names}: {os.strerror(error.errno or 0)}: {sizes}; earlier files are as they were")
+    return no_space(error, names, counter.num_bytes, next(iter(writers)).parent, "earlier files are as they were")
