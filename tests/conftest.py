@@ -57,17 +57,20 @@ def _one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def _poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill torch.empty with NaN (integers: their largest value), after flash-linear-attention's tests."""
-    real_empty = torch.empty
+    """Fill torch.empty and torch.empty_strided with NaN (integers: their largest value), after flash-linear-attention's tests."""
 
-    def poisoned_empty(*args: Any, **kwargs: Any) -> Tensor:
-        tensor = real_empty(*args, **kwargs)
-        if torch.compiler.is_compiling() or tensor.is_meta or tensor.dtype == torch.bool:
-            return tensor
-        with torch.no_grad():
-            return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+    def poison(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def poisoned(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = real(*args, **kwargs)
+            if torch.compiler.is_compiling() or tensor.is_meta or tensor.dtype == torch.bool:
+                return tensor
+            with torch.no_grad():
+                return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
 
-    monkeypatch.setattr(torch, "empty", poisoned_empty)
+        return poisoned
+
+    for name in ("empty", "empty_strided"):
+        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """What every op reads: the library it is defined in, the dtypes that kernels serve, and the process-wide switches."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -53,3 +53,12 @@ def is_check_forced() -> bool:
 def has_kernel(device: torch.device) -> bool:
     """Whether ops have kernels for a device; "meta" stands for those of a traced or compiled model."""
     return device.type in ("cpu", "cuda", "meta")
+
+
+def is_autocast(device: torch.device) -> bool:
+    """Whether autocast is on for a device; it knows no meta device."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

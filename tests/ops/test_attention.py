@@ -115,6 +115,16 @@ def test_any_strides_give_the_same_bits(is_causal, generator):
             assert result.equal(value)
 
 
+def test_statistics_of_any_strides_give_the_same_bits(generator):
+    *inputs, upstream = make_heads(19, 7, 8, generator)
+    output, statistics = torch.ops.eventkern.attention(*inputs, False)
+    backward = torch.ops.eventkern.attention_backward
+    expected = backward(upstream, *inputs, output, statistics, False)
+    turned = statistics.transpose(1, 3).contiguous().transpose(1, 3)
+    for result, value in zip(backward(upstream, *inputs, output, turned, False), expected, strict=True):
+        assert result.equal(value)
+
+
 def test_an_expanded_upstream_gradient(generator):
     query, key, value, _ = make_heads(19, 7, 8, generator)
     results = [

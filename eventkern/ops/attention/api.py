@@ -8,7 +8,8 @@ from torch import Tensor
 
 from eventkern import _C
 from eventkern.ops.attention import reference
-from eventkern.ops.switches import FLOAT_DTYPES, LIBRARY, is_reference_forced
+from eventkern.ops.switches import FLOAT_DTYPES, LIBRARY, is_autocast, is_reference_forced
+from eventkern.ops.transforms import Formulas, is_transformed, transformed
 
 HEAD_DIMS = (4, 8, 16, 32)
 """Of the C++ kernel. At 64, torch's matrix products are as fast."""
@@ -32,16 +33,20 @@ def _with_unit_stride(tensor: Tensor) -> Tensor:
 
 
 def _empty_heads(like: Tensor) -> Tensor:
-    """(B, N, T, H) in memory of (B, T, N, H), so that heads join into the model's width without a copy."""
-    batch_size, num_heads, length, head_dim = like.shape
-    return torch.empty((batch_size, length, num_heads, head_dim), dtype=like.dtype, device=like.device).transpose(1, 2)
+    """(B, N, T, H) in memory of (B, T, N, H), so that heads join into the model's width without a copy.
+
+    No view of another tensor: forward mode gives such an output no tangent of another layout.
+    """
+    _, num_heads, length, head_dim = like.shape
+    strides = (length * num_heads * head_dim, head_dim, num_heads * head_dim, 1)
+    return torch.empty_strided(like.shape, strides, dtype=like.dtype, device=like.device)
 
 
 def _forward_cpu(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
     query, key, value = _with_unit_stride(query), _with_unit_stride(key), _with_unit_stride(value)
     batch_size, num_heads, num_queries, head_dim = query.shape
     output = _empty_heads(query)
-    statistics = torch.empty((batch_size, num_heads, 2, num_queries), dtype=torch.float32)
+    statistics = torch.empty((batch_size, num_heads, 2, num_queries), dtype=torch.float32, device=query.device)
     _C.attention_cpu(
         (batch_size, num_heads, num_queries, key.shape[2], head_dim), is_causal, FLOAT_DTYPES.index(query.dtype),
         torch.get_num_threads(), _rows(query), _rows(key), _rows(value), _rows(output), statistics.data_ptr(),
@@ -53,13 +58,13 @@ def _backward_cpu(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, statistics: Tensor, is_causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     query, key, value = _with_unit_stride(query), _with_unit_stride(key), _with_unit_stride(value)
-    grad, output = _with_unit_stride(grad), _with_unit_stride(output)
+    grad, output, statistics = _with_unit_stride(grad), _with_unit_stride(output), statistics.contiguous()
     query_grad, key_grad, value_grad = _empty_heads(query), _empty_heads(key), _empty_heads(value)
     batch_size, num_heads, num_queries, head_dim = query.shape
     _C.attention_backward_cpu(
         (batch_size, num_heads, num_queries, key.shape[2], head_dim), is_causal, FLOAT_DTYPES.index(query.dtype),
         torch.get_num_threads(), _rows(grad), _rows(query), _rows(key), _rows(value), _rows(output),
-        statistics.contiguous().data_ptr(), _rows(query_grad), _rows(key_grad), _rows(value_grad),
+        statistics.data_ptr(), _rows(query_grad), _rows(key_grad), _rows(value_grad),
     )  # fmt: skip
     return query_grad, key_grad, value_grad
 
@@ -131,9 +136,12 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = Fa
         Deterministic there: the same bits for any number of threads.
 
     Devices:
-        On the CPU, C++ for H of 4, 8, 16 and 32, which has no second derivative; for other H, on other devices and
-        under torch.export, F.scaled_dot_product_attention without a mask tensor, so that flash attention runs on CUDA.
-        The reference for float64.
+        On the CPU, C++ for H of 4, 8, 16 and 32, of which autograd alone has no second derivative; for other H, on
+        other devices and under torch.export, F.scaled_dot_product_attention without a mask tensor, so that flash
+        attention runs on CUDA.
+        The reference for float64. Under transforms of torch.func and in forward mode the same kernel, with the
+        reference's forward-mode and second derivatives (compiled there: the reference); for other H and on other
+        devices the reference.
 
     Source:
         Vaswani et al., 2017, section 3.2.1. Scores in chunks, and computed again in the backward: Dao et al., 2022
@@ -141,17 +149,41 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = Fa
     """
     _check_arguments(query, key, value, is_causal)
     kind = query.device.type
-    if torch.is_autocast_enabled(kind) and query.dtype != torch.float64:
+    if query.dtype != torch.float64 and is_autocast(query.device):
         dtype = torch.get_autocast_dtype(kind)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if is_reference_forced() or query.dtype == torch.float64:
         return reference.attention(query, key, value, is_causal)
     if torch.compiler.is_exporting():  # a program that torch runs alone, for any T
         return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
-    if kind != "cpu" or query.shape[3] not in HEAD_DIMS:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
-    output, _ = torch.ops.eventkern.attention(query, key, value, is_causal)
-    return output
+    if kind == "cpu" and query.shape[3] in HEAD_DIMS:
+        if is_transformed():
+            return transformed(_formulas(is_causal), query, key, value)
+        output, _ = torch.ops.eventkern.attention(query, key, value, is_causal)
+        return output
+    if is_transformed():  # torch's attention has no forward-mode derivative and no second one
+        return reference.attention(query, key, value, is_causal)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
+
+
+def _formulas(is_causal: bool) -> Formulas:
+    def forward(*inputs: Tensor) -> tuple[Tensor, ...]:
+        made = torch.ops.eventkern.attention(*(tensor.flatten(0, -4) for tensor in inputs), is_causal)
+        return _led_like(inputs[0], made)
+
+    def backward(needs: tuple[bool, ...], *saved: Tensor) -> tuple[Tensor, ...]:
+        made = torch.ops.eventkern.attention_backward(*(tensor.flatten(0, -4) for tensor in saved), is_causal)
+        return _led_like(saved[0], made)
+
+    def of_reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return reference.attention(query, key, value, is_causal)
+
+    return Formulas(forward, backward, of_reference, is_free=(True, True, True))
+
+
+def _led_like(tensor: Tensor, made: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What was made for flattened leading dimensions; with one there is nothing to do, and a view is no output."""
+    return made if tensor.dim() == 4 else tuple(each.unflatten(0, tensor.shape[:-3]) for each in made)
 
 
 def _check_arguments(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> None:
@@ -171,7 +203,7 @@ def _check_arguments(query: Tensor, key: Tensor, value: Tensor, is_causal: bool)
     if is_causal and num_queries != wanted[2]:
         raise ValueError(f"query has {num_queries} positions, key {wanted[2]}; want as many under is_causal")
     for name, tensor in (("key", key), ("value", value)):
-        if tensor.dtype != query.dtype and not torch.is_autocast_enabled(query.device.type):
+        if tensor.dtype != query.dtype and not is_autocast(query.device):
             raise TypeError(f"{name} is {tensor.dtype}, but query {query.dtype}; want one dtype outside autocast")
         if tensor.device != query.device:
             raise ValueError(f"{name} is on {tensor.device}, but query on {query.device}; want one device")

@@ -8,6 +8,7 @@ from torch import Tensor
 from eventkern import _C
 from eventkern.ops.multi_embedding import reference
 from eventkern.ops.switches import FLOAT_DTYPES, LIBRARY, has_kernel, is_check_forced, is_reference_forced
+from eventkern.ops.transforms import Formulas, can_read_values, is_transformed, transformed
 
 _MODES = ("sum", "mean", "concat")  # in the order of the extension's EmbeddingMode
 
@@ -138,25 +139,41 @@ def multi_embedding(
         TypeError: ids or weight of another dtype.
         ValueError: shapes, devices or mode that do not fit one another.
         IndexError: an id outside its table, on the CPU (before the row is read) or inside check_inputs(). Elsewhere,
-            and in code compiled under use_reference(), the output of its event is NaN; memory outside the weight is
-            never read.
+            and in code compiled or transformed under use_reference(), the output of its event is NaN; memory outside
+            the weight is never read.
 
     Numerics:
         Accumulates in float32, forward and backward, and rounds once; the gradient of weight is dense. Deterministic on
         every device; on the CPU the same bits for any number of threads.
 
     Devices:
-        C++ on the CPU, Triton on CUDA, the reference elsewhere.
+        C++ on the CPU, Triton on CUDA, the reference elsewhere. Under transforms of torch.func and in forward mode the
+        same kernels, with the reference's forward-mode and second derivatives (compiled there: the reference).
 
     Source:
         One packed weight for many tables after FBGEMM's table-batched embedding (Khudia et al., 2021).
     """
     _check_arguments(ids, weight, table_sizes, mode)
     if is_reference_forced() or not has_kernel(ids.device):
-        if not torch.compiler.is_compiling() and (ids.device.type == "cpu" or is_check_forced()):
+        if can_read_values() and (ids.device.type == "cpu" or is_check_forced()):
             _check_range(ids.reshape(-1, len(table_sizes)), table_sizes)
         return reference.multi_embedding(ids, weight, tuple(table_sizes), mode)
+    if is_transformed():
+        return transformed(_formulas(tuple(table_sizes), mode), ids, weight)
     return torch.ops.eventkern.multi_embedding(ids, weight, table_sizes, mode, is_check_forced())
+
+
+def _formulas(table_sizes: tuple[int, ...], mode: str) -> Formulas:
+    def forward(ids: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        return (torch.ops.eventkern.multi_embedding(ids, weight, table_sizes, mode, is_check_forced()),)
+
+    def backward(needs: tuple[bool, ...], grad: Tensor, ids: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        return None, torch.ops.eventkern.multi_embedding_backward(grad, ids, table_sizes, mode)
+
+    def of_reference(ids: Tensor, weight: Tensor) -> Tensor:
+        return reference.multi_embedding(ids, weight, table_sizes, mode)
+
+    return Formulas(forward, backward, of_reference, is_free=(True, False))
 
 
 def _check_arguments(ids: Tensor, weight: Tensor, table_sizes: tuple[int, ...], mode: str) -> None:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from eventkern.ops.multi_head_cross_entropy import cpu, reference
-from eventkern.ops.switches import FLOAT_DTYPES, LIBRARY, has_kernel, is_check_forced, is_reference_forced
+from eventkern.ops.switches import FLOAT_DTYPES, LIBRARY, has_kernel, is_autocast, is_check_forced, is_reference_forced
+from eventkern.ops.transforms import Formulas, can_read_values, is_transformed, transformed
 
 _REDUCTIONS = ("mean", "sum", "none")
 
@@ -69,7 +70,8 @@ def _backward_cpu(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     rows, labels = _rows(hidden, targets)
     made: tuple[Tensor | None, ...]
-    if _makes_gradients(hidden.dtype, reduction) and bool((grad == grad[0]).all()):
+    is_made = hidden_grad.numel() + weight_grad.numel() + bias_grad.numel() > 0
+    if is_made and bool((grad == grad[0]).all()):
         factor = grad[0].item()
         made = (hidden_grad * factor, weight_grad * factor, bias_grad * factor)
     else:
@@ -248,8 +250,9 @@ def multi_head_cross_entropy(
     Devices:
         C++ and torch's matrix product on the CPU, which makes the gradients in the forward pass; where the heads'
         upstream gradients differ, and with "none", the backward computes logits again. Triton on CUDA, the reference
-        elsewhere. There is no second derivative and no forward-mode derivative; those need use_reference(), in which
-        compiled code gives NaN instead of an IndexError.
+        elsewhere. Under transforms of torch.func and in forward mode the same kernels, with the reference's forward-mode
+        and second derivatives (compiled there: the reference). A second derivative by autograd alone needs
+        use_reference(), in which compiled and transformed code gives NaN instead of an IndexError.
 
     Source:
         Logits that never exist at once: Wijmans et al., 2024 (Cut Cross Entropy). Label smoothing: Szegedy et al.,
@@ -258,14 +261,17 @@ def multi_head_cross_entropy(
     _check_arguments(hidden, weight, targets, head_sizes, bias)
     _check_options(label_smoothing, z_loss, reduction)
     if is_reference_forced() or not has_kernel(hidden.device):
-        if not torch.compiler.is_compiling() and (targets.device.type == "cpu" or is_check_forced()):
+        if can_read_values() and (targets.device.type == "cpu" or is_check_forced()):
             _check_range(targets.reshape(-1, len(head_sizes)), head_sizes, ignore_index)
         return reference.multi_head_cross_entropy(
             hidden, weight, targets, tuple(head_sizes), bias, ignore_index, label_smoothing, z_loss, reduction
         )
-    if _is_autocast(hidden):
+    if is_autocast(hidden.device):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if is_transformed():
+        options = (tuple(head_sizes), ignore_index, label_smoothing, z_loss, reduction)
+        return transformed(_formulas(*options), hidden, weight, bias, targets)
     is_tracked = torch.is_grad_enabled()
     needs = [tensor is not None and is_tracked and tensor.requires_grad for tensor in (hidden, weight, bias)]
     losses, *_ = torch.ops.eventkern.multi_head_cross_entropy(
@@ -275,8 +281,33 @@ def multi_head_cross_entropy(
     return losses
 
 
-def _is_autocast(hidden: Tensor) -> bool:
-    return hidden.device.type != "meta" and torch.is_autocast_enabled(hidden.device.type)
+def _formulas(
+    head_sizes: tuple[int, ...], ignore_index: int, label_smoothing: float, z_loss: float, reduction: str
+) -> Formulas:
+    options = (head_sizes, ignore_index, label_smoothing, z_loss, reduction)
+
+    def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> tuple[Tensor, ...]:
+        losses, log_sum_exp, *_ = torch.ops.eventkern.multi_head_cross_entropy(
+            hidden, weight, bias, targets, *options, [False] * 3, is_check_forced()
+        )
+        return (losses, log_sum_exp.view(targets.shape)) if hidden.is_cuda else (losses,)
+
+    def backward(
+        needs: tuple[bool, ...], grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+        losses: Tensor, log_sum_exp: Tensor | None = None,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        of_rows = _empty_like(losses) if log_sum_exp is None else log_sum_exp.reshape(-1, len(head_sizes))
+        nothing = _empty_like(hidden)
+        made = torch.ops.eventkern.multi_head_cross_entropy_backward(
+            grad, hidden, weight, bias, targets, of_rows, nothing, nothing, nothing, *options, needs[:3]
+        )
+        return *made, None
+
+    def of_reference(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        return reference.multi_head_cross_entropy(hidden, weight, targets, head_sizes, bias, *options[1:])
+
+    is_free = reduction == "none"
+    return Formulas(forward, backward, of_reference, (is_free, False, False, is_free))
 
 
 def _check_arguments(
@@ -286,7 +317,7 @@ def _check_arguments(
         if tensor is not None and tensor.dtype not in FLOAT_DTYPES:
             raise TypeError(f"{name} is {tensor.dtype}; want torch.float32, torch.bfloat16 or torch.float16")
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != hidden.dtype and not _is_autocast(hidden):
+        if tensor is not None and tensor.dtype != hidden.dtype and not is_autocast(hidden.device):
             raise TypeError(f"hidden is {hidden.dtype}, but {name} {tensor.dtype}; want one dtype outside autocast")
     if targets.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"targets is {targets.dtype}; want torch.int32 or torch.int64")
