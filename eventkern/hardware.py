@@ -29,7 +29,7 @@ def copy_bandwidth(device: str | torch.device = "cpu", *, budget_s: float = 0.5)
     if device.type == "cuda":
         num_bytes = min(num_bytes, torch.cuda.mem_get_info(device)[0] // 4)
     generator = torch.Generator(device=device).manual_seed(0)
-    source = torch.randint(1 << 62, (num_bytes // 8,), device=device, generator=generator)
+    source = torch.randint(1 << 62, (num_bytes // 8,), dtype=torch.int64, device=device, generator=generator)
     target = torch.empty_like(source)
     return 2 * source.nbytes / fastest_s(lambda: target.copy_(source), device, budget_s=budget_s)
 
@@ -46,7 +46,7 @@ def read_bandwidth(num_bytes: int, device: str | torch.device = "cpu", *, budget
         Bytes per second of the fastest repeat, all threads together.
     """
     device = torch.device(device)
-    source = torch.ones(max(num_bytes // 4, 1), device=device)
+    source = torch.ones(max(num_bytes // 4, 1), dtype=torch.float32, device=device)
     return source.nbytes / fastest_s(source.sum, device, budget_s=budget_s)
 
 
@@ -66,7 +66,7 @@ def gemm_rate(
     device = torch.device(device)
     size = GEMM_SIZE.get(device.type, GEMM_SIZE["cpu"])
     generator = torch.Generator(device=device).manual_seed(0)
-    left, right = torch.randn(2, size, size, device=device, generator=generator).to(dtype)
+    left, right = torch.randn(2, size, size, dtype=torch.float32, device=device, generator=generator).to(dtype)
     product = torch.empty_like(left)
     return 2 * size**3 / fastest_s(lambda: torch.mm(left, right, out=product), device, budget_s=budget_s)
 

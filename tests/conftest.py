@@ -57,7 +57,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def _poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill torch.empty and torch.empty_strided with NaN (integers: their largest value), after flash-linear-attention's tests."""
+    """Fill what torch.empty makes with NaN (integers: their largest value), after flash-linear-attention's tests."""
 
     def poison(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def poisoned(*args: Any, **kwargs: Any) -> Tensor:

@@ -46,7 +46,7 @@ class History:
     ) -> None:
         self.store = store
         self.src_seq_len = src_seq_len
-        self.sizes = torch.tensor(store.sizes(id_category_size), dtype=torch.int32)
+        self.sizes = torch.tensor(store.sizes(id_category_size), dtype=torch.int32, device="cpu")
         index = store.index(store.schema.key)
         if len(anchors) and not 0 <= anchors.min() <= anchors.max() < len(index.rows):
             wrong = anchors[(anchors < 0) | (anchors >= len(index.rows))][0]

@@ -57,8 +57,8 @@ class Blocks:
         """A block, (num_bytes,) uint8."""
         if self._pinned:
             # torch's allocator of pinned memory keeps freed blocks for reuse, and waits for the copies out of them.
-            return torch.empty(self._num_bytes, dtype=torch.uint8, pin_memory=True)
-        owner = self._free.pop() if self._free else torch.empty(self._num_bytes, dtype=torch.uint8)
+            return torch.empty(self._num_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+        owner = self._free.pop() if self._free else torch.empty(self._num_bytes, dtype=torch.uint8, device="cpu")
         lent = owner.numpy()
         weakref.finalize(lent, _give_back, weakref.ref(self), owner).atexit = False
         return torch.from_numpy(lent)  # whose storage holds `lent` until the last view of it is gone

@@ -47,7 +47,11 @@ class EpochOrder(NamedTuple):
         if not self.shuffle:
             # On the CPU by numpy: torch.arange opens a parallel region, which costs more than it saves on shared cores.
             is_cpu = torch.device(device).type == "cpu"
-            return torch.from_numpy(np.arange(start, stop)) if is_cpu else torch.arange(start, stop, device=device)
+            return (
+                torch.from_numpy(np.arange(start, stop))
+                if is_cpu
+                else torch.arange(start, stop, dtype=torch.int64, device=device)
+            )
         places = torch.empty(stop - start, dtype=torch.int64, device=device)
         fill_permutation(places, n, seed=self.seed, epoch=self.epoch, start=start, part=part)
         return places
@@ -349,9 +353,9 @@ class WindowedOrder:
         if window != self._cached_window:
             first, end = self._first_block(window), self._first_block(window + 1)
             num_full = self.n >> self.block_bits
-            blocks = torch.arange(first, end, device=self.device)
+            blocks = torch.arange(first, end, dtype=torch.int64, device=self.device)
             fill_permutation(blocks[: num_full - first], num_full, **self._keys, start=first, part=2)
-            blocks -= torch.arange(end - first, device=self.device)
+            blocks -= torch.arange(end - first, dtype=torch.int64, device=self.device)
             self._cached_window, self._cached_moves = window, (blocks << self.block_bits) + self._shift
         return self._cached_moves
 

@@ -160,7 +160,9 @@ class EventStore:
             )
         entity = name.partition(":")[2]
         array = getattr(self.index(entity), name.partition(":")[0]) if entity else self._map(name)
-        device = torch.empty(0, device=device).device  # "cuda" and the device that it stands for share a copy
+        device = torch.empty(
+            0, dtype=torch.uint8, device=device
+        ).device  # "cuda" and the device that it stands for share a copy
         held = self._on_device.get((name, device))
         if held is None:
             held = torch.empty(array.nbytes, dtype=torch.uint8, device=device)
@@ -227,7 +229,7 @@ class EventStore:
         indices = indices.contiguous()
         shape = (*indices.shape, len(self.class_sizes))
         if out is None:
-            out = torch.empty(shape, dtype=torch.int32)
+            out = torch.empty(shape, dtype=torch.int32, device="cpu")
         elif out.shape != shape or out.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"out is {tuple(out.shape)} {out.dtype}; give {shape} of torch.int32 or torch.int64")
         elif not out.is_cpu or not out.is_contiguous():

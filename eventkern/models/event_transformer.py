@@ -206,10 +206,11 @@ class Positions(nn.Module):
 
 
 def _sinusoids(length: int, d_model: int) -> Tensor:
+    """On torch's default device, in its default dtype, as parameters are made."""
     positions = torch.arange(length, dtype=torch.float32)[:, None]
-    columns = torch.arange(d_model)
+    columns = torch.arange(d_model, dtype=torch.float32)
     angles = positions * 10_000.0 ** (-(columns - columns % 2) / d_model)
-    return torch.where(columns % 2 == 0, angles.sin(), angles.cos())
+    return torch.where(columns % 2 == 0, angles.sin(), angles.cos()).to(torch.get_default_dtype())
 
 
 class EventTransformer(nn.Module):

@@ -174,7 +174,7 @@ class ClassSampler:
         logits_BV = logits_BV.contiguous()
         is_greedy = self._is_greedy or uniforms_BH is None
         uniforms = None if is_greedy or uniforms_BH is None else uniforms_BH.contiguous()
-        classes = torch.empty(len(logits_BV), len(self.head_sizes), dtype=torch.int32)
+        classes = torch.empty(len(logits_BV), len(self.head_sizes), dtype=torch.int32, device="cpu")
         _C.draw_classes_cpu(
             logits_BV.data_ptr(),
             logits_BV.shape[1],
@@ -261,7 +261,9 @@ def generate(
     was_training = model.training
     model.eval()
     decoder = CachedDecoder(model, batch_size)
-    trouble = torch.zeros((), device=device)  # stays 0 while all logits are finite, and nobody waits for it
+    trouble = torch.zeros(
+        (), dtype=torch.float32, device=device
+    )  # stays 0 while all logits are finite, and nobody waits for it
     try:
         with torch.inference_mode():
             for step in range(num_events):
@@ -284,5 +286,9 @@ def generate(
 
 def _uniforms(seeds: Sequence[int], shape: tuple[int, int]) -> Tensor:
     """(B, *shape) float32 in [0, 1), the numbers of each sequence from its own seed; made on the CPU."""
-    numbers = [torch.rand(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(numbers) if numbers else torch.empty(0, *shape)
+    numbers = [_drawn(seed, shape) for seed in seeds]
+    return torch.stack(numbers) if numbers else torch.empty(0, *shape, dtype=torch.float32, device="cpu")
+
+
+def _drawn(seed: int, shape: tuple[int, int]) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32, device="cpu")

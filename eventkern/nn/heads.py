@@ -82,7 +82,7 @@ class MultiHeadCrossEntropy(nn.Module):
                 for block, label in zip(rows.split(block_rows), labels[:, head].split(block_rows), strict=True)
             ]
             hits.append((torch.cat(is_hit) & is_kept[:, head]).sum())
-        return torch.stack(hits) / is_kept.sum(0).clamp(min=1)
+        return torch.stack(hits).float() / is_kept.sum(0).clamp(min=1)
 
     @torch.no_grad()
     def scores(

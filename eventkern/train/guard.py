@@ -41,7 +41,7 @@ class Guard:
             *(f"the loss of {name}" for name in loss_names),
             *(f"gradient {name}" for name in parameter_names),
         ]
-        self._first = torch.zeros(1 + len(self._names), device=device)
+        self._first = torch.zeros(1 + len(self._names), dtype=torch.float32, device=device)
 
     def judge(self, step: int, losses: Tensor, norms: Tensor, norm: Tensor, scale: Tensor | None = None) -> Tensor:
         """Whether the step is to be skipped: () float32, 1 or 0, as torch's fused optimizers want it.
@@ -85,7 +85,7 @@ class Notice:
             self._posted = numbers
             return
         if self._posted is None:
-            self._posted = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._posted = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
             self._arrived = torch.cuda.Event()
         self._posted.copy_(numbers, non_blocking=True)
         self._arrived.record()

@@ -72,7 +72,7 @@ class Meter:
         self._steps = 0
         self._flops = 0
         self._tokens = 0
-        self.num_targets = torch.zeros((), dtype=torch.int64)
+        self.num_targets = torch.zeros((), dtype=torch.int64, device="cpu")
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

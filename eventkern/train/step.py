@@ -88,7 +88,7 @@ class OptimizerStep:
         buffers = [(buffer, buffer.clone()) for buffer in self._parallel.model.buffers()]
         for _ in range(1 if self._ranks.is_alone else 2):  # a static graph is laid out anew after the second
             with self._parallel.synchronising(True):
-                self._forward(batch, torch.ones((), device=self._device))
+                self._forward(batch, torch.ones((), dtype=torch.float32, device=self._device))
         self._clear_gradients()
         for buffer, before in buffers:
             buffer.copy_(before)
@@ -102,8 +102,8 @@ class OptimizerStep:
         num_targets, num_stops = self._ranks.sum(torch.stack([counts.sum(), stops]))
         self.notice.post(torch.stack([num_stops, self.guard.in_a_row]))
         # times world_size, since gradients become the mean over ranks
-        weights = counts * self._ranks.world_size / num_targets.clamp(min=1)
-        losses = torch.zeros(self._num_losses, device=self._device)
+        weights = (counts * self._ranks.world_size).float() / num_targets.clamp(min=1)
+        losses = torch.zeros(self._num_losses, dtype=torch.float32, device=self._device)
         self._clear_gradients()
         for position, batch in enumerate(batches):
             with self._parallel.synchronising(position == len(batches) - 1):
@@ -143,7 +143,7 @@ class OptimizerStep:
         """Takes the step or skips it; returns the norm of its gradients."""
         scale = None
         if self.scaler.is_enabled():
-            scale = self.scaler.scale(torch.ones((), device=self._device))
+            scale = self.scaler.scale(torch.ones((), dtype=torch.float32, device=self._device))
             self.scaler.unscale_(self._optimizer)
         norms = self._norms()
         grad_norm = torch.linalg.vector_norm(norms)
@@ -167,7 +167,7 @@ class OptimizerStep:
         """(P,) norms of the gradients, over all shards; 0 where a parameter has none."""
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         if not gradients:
-            return torch.zeros(len(self._parameters), device=self._device)
+            return torch.zeros(len(self._parameters), dtype=torch.float32, device=self._device)
         norms: Any = torch.stack(torch._foreach_norm(gradients))
         if self._parallel.is_sharded:
             norms = norms.full_tensor()

@@ -29,7 +29,7 @@ def _forward_cpu(ids: Tensor, weight: Tensor, table_sizes: list[int], mode: str,
     columns = ids if ids.dim() == 2 else ids.reshape(-1, num_tables)
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     num_events = columns.shape[0]
-    output = torch.empty(num_events, _output_width(num_tables, dim, mode), dtype=weight.dtype)
+    output = torch.empty(num_events, _output_width(num_tables, dim, mode), dtype=weight.dtype, device=weight.device)
     position = _C.multi_embedding_cpu(
         columns.data_ptr(), columns.element_size(), columns.stride(), num_events, table_sizes, dim,  # type: ignore[arg-type]
         _MODES.index(mode), FLOAT_DTYPES.index(weight.dtype), torch.get_num_threads(),
@@ -46,7 +46,7 @@ def _backward_cpu(grad: Tensor, ids: Tensor, table_sizes: list[int], mode: str) 
     columns, rows = ids.reshape(-1, num_tables), grad.reshape(-1, grad.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     dim = _weight_dim(grad, num_tables, mode)
-    weight_grad = torch.empty(sum(table_sizes), dim, dtype=grad.dtype)
+    weight_grad = torch.empty(sum(table_sizes), dim, dtype=grad.dtype, device=grad.device)
     _C.multi_embedding_backward_cpu(
         columns.data_ptr(), columns.element_size(), columns.stride(), len(columns), table_sizes, dim,  # type: ignore[arg-type]
         _MODES.index(mode), FLOAT_DTYPES.index(grad.dtype), torch.get_num_threads(),
@@ -199,7 +199,7 @@ def _check_arguments(ids: Tensor, weight: Tensor, table_sizes: tuple[int, ...], 
 
 def _check_range(columns: Tensor, table_sizes: tuple[int, ...] | list[int]) -> None:
     """Raise for the first id of columns (N, C) that lies outside its table; waits for the device."""
-    is_wrong = (columns < 0) | (columns >= torch.tensor(table_sizes, device=columns.device))
+    is_wrong = (columns < 0) | (columns >= torch.tensor(table_sizes, dtype=torch.int64, device=columns.device))
     if is_wrong.any():
         row, column = is_wrong.nonzero()[0].tolist()
         raise _outside(columns, row, column, table_sizes)

@@ -49,7 +49,7 @@ def _forward_cpu(
     if position >= 0:
         row, head = divmod(position, len(head_sizes))
         raise _outside(labels, row, head, head_sizes)
-    counts = torch.tensor(kept, dtype=torch.float64).clamp(min=1)
+    counts = torch.tensor(kept, dtype=torch.float64, device=hidden.device).clamp(min=1)
     scales = None
     if any(needs) and _makes_gradients(hidden.dtype, reduction):
         scales = (1.0 / counts if reduction == "mean" else torch.ones_like(counts)).float()
@@ -60,7 +60,7 @@ def _forward_cpu(
     else:
         losses = (result.totals / counts if reduction == "mean" else result.totals).float()
     gradients = (_empty_like(hidden) if gradient is None else gradient for gradient in result.gradients)
-    return losses, torch.empty(0, dtype=torch.float32), *gradients
+    return losses, torch.empty(0, dtype=torch.float32, device=hidden.device), *gradients
 
 
 def _backward_cpu(
@@ -80,7 +80,7 @@ def _backward_cpu(
         if reduction == "none":
             scales = scales.reshape(labels.shape)
         elif reduction == "mean":
-            scales = scales / torch.tensor(problem.count()[1]).clamp(min=1)
+            scales = scales / torch.tensor(problem.count()[1], dtype=torch.int64, device=hidden.device).clamp(min=1)
         made = cpu.run(problem, scales, (needs[0], needs[1], needs[2])).gradients
     return _shaped(made, hidden, needs)
 
@@ -250,8 +250,8 @@ def multi_head_cross_entropy(
     Devices:
         C++ and torch's matrix product on the CPU, which makes the gradients in the forward pass; where the heads'
         upstream gradients differ, and with "none", the backward computes logits again. Triton on CUDA, the reference
-        elsewhere. Under transforms of torch.func and in forward mode the same kernels, with the reference's forward-mode
-        and second derivatives (compiled there: the reference). A second derivative by autograd alone needs
+        elsewhere. Under transforms of torch.func and in forward mode the same kernels, with the reference's
+        forward-mode and second derivatives (compiled there: the reference). A second derivative by autograd alone needs
         use_reference(), in which compiled and transformed code gives NaN instead of an IndexError.
 
     Source:
@@ -352,7 +352,7 @@ def _check_options(label_smoothing: float, z_loss: float, reduction: str) -> Non
 
 def _check_range(labels: Tensor, head_sizes: tuple[int, ...] | list[int], ignore_index: int) -> None:
     """Raise for the first target of labels (N, H) that lies outside its head; waits for the device."""
-    is_outside = (labels < 0) | (labels >= torch.tensor(head_sizes, device=labels.device))
+    is_outside = (labels < 0) | (labels >= torch.tensor(head_sizes, dtype=torch.int64, device=labels.device))
     is_wrong = is_outside & (labels.long() != ignore_index)
     if is_wrong.any():
         row, head = is_wrong.nonzero()[0].tolist()

@@ -8,6 +8,7 @@ Source: gradients made in the forward pass after Liger-Kernel's fused linear cro
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -89,21 +90,22 @@ def run(
     groups = list(head_groups(problem.head_sizes))
     most_classes = max(starts[heads.stop] - starts[heads.start] for heads in groups)
     block_rows = rows_per_tile(num_rows, most_classes, hidden.element_size())
-    tile_memory = torch.empty(block_rows * most_classes, dtype=dtype)
-    losses = torch.empty(num_rows if keeps_losses else block_rows, num_heads, dtype=torch.float32)
-    totals = torch.zeros(num_heads, dtype=torch.float64)
+    empty, zeros = (partial(make, device=hidden.device) for make in (torch.empty, torch.zeros))
+    tile_memory = empty(block_rows * most_classes, dtype=dtype)
+    losses = empty(num_rows if keeps_losses else block_rows, num_heads, dtype=torch.float32)
+    totals = zeros(num_heads, dtype=torch.float64)
     bias = problem.bias.contiguous() if problem.bias is not None else None
     if scales is not None:
         scales = scales.contiguous()
     # Sums over tiles are float32.
-    hidden_grad = torch.empty(num_rows, dim, dtype=dtype) if needs_hidden else None
-    weight_sums = torch.zeros(starts[-1], dim, dtype=torch.float32) if needs_weight else None
-    bias_sums = torch.zeros(starts[-1], dtype=torch.float32) if needs_bias else None
+    hidden_grad = empty(num_rows, dim, dtype=dtype) if needs_hidden else None
+    weight_sums = zeros(starts[-1], dim, dtype=torch.float32) if needs_weight else None
+    bias_sums = zeros(starts[-1], dtype=torch.float32) if needs_bias else None
     for first_row in range(0, num_rows, max(block_rows, 1)):
         rows = slice(first_row, min(first_row + block_rows, num_rows))
         height = rows.stop - rows.start
         hidden_block = hidden[rows]
-        hidden_sums = torch.zeros(height, dim, dtype=torch.float32) if needs_hidden else None
+        hidden_sums = zeros(height, dim, dtype=torch.float32) if needs_hidden else None
         block_losses = losses[rows] if keeps_losses else losses
         for heads in groups:
             classes = slice(starts[heads.start], starts[heads.stop])

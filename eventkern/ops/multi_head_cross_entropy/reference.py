@@ -21,7 +21,7 @@ def multi_head_cross_entropy(
     weights = weight.split(head_sizes)
     biases = bias.split(head_sizes) if bias is not None else [None] * len(head_sizes)
     is_kept = labels.long() != ignore_index
-    is_valid = (labels >= 0) & (labels < torch.tensor(head_sizes, device=labels.device))
+    is_valid = (labels >= 0) & (labels < torch.tensor(head_sizes, dtype=torch.int64, device=labels.device))
     classes = labels.where(is_valid, 0).long()
     losses = []
     for head in range(len(head_sizes)):
