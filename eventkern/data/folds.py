@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from eventkern.data.schema import FIRST_CLASS
 from eventkern.data.vocabulary import MISSING_CLASS
+from eventkern.plain import check_fields
 
 if TYPE_CHECKING:
     from eventkern.data.store import EventStore
@@ -37,6 +38,7 @@ class Fold:
         of: folds in all, at least 2.
 
     Raises:
+        TypeError: a number that is no integer.
         ValueError: a number outside [0, of), or fewer than 2 folds.
     """
 
@@ -44,6 +46,7 @@ class Fold:
     of: int
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.of < 2:
             raise ValueError(f"of is {self.of}; want at least 2 folds")
         if not 0 <= self.number < self.of:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from eventkern.data.permutation import PERMUTATION_VERSION
-from eventkern.data.sampler import EpochOrder, ResumableSampler, check_integer
+from eventkern.data.resumable_sampler import EpochOrder, ResumableSampler
+from eventkern.plain import check_integer
 
 MAX_CANDIDATES = 4096  # lengths that may become a boundary; the search costs their square
 CHUNK_STEPS = 1024  # steps whose batch numbers are made at once
@@ -84,6 +85,7 @@ class LengthBucketedSampler(ResumableSampler):
         rank: of this process, in [0, world_size).
         world_size: number of ranks.
         drop_last: leave out each bucket's short batch, unless it is the bucket's only one.
+        as_lists: iterate over lists of ints, as torch's `BatchSampler` does, and not over tensors.
 
     Attributes:
         boundaries: the padded lengths, ascending.
@@ -92,7 +94,7 @@ class LengthBucketedSampler(ResumableSampler):
         num_batches: batches of an epoch, over all ranks.
 
     Raises:
-        TypeError: lengths or another number that is no integer.
+        TypeError: lengths or another number that is no integer, or a bool that is none of True, False, 1 and 0.
         ValueError: an argument out of its range, or a sample that max_tokens has no room for.
 
     Numerics:
@@ -111,10 +113,14 @@ class LengthBucketedSampler(ResumableSampler):
         rank: int = 0,
         world_size: int = 1,
         drop_last: bool = False,
+        as_lists: bool = False,
     ) -> None:
-        super().__init__(seed=seed, shuffle=shuffle, rank=rank, world_size=world_size, drop_last=drop_last)
-        for name, value in (("max_tokens", max_tokens), ("num_shapes", num_shapes), ("multiple", multiple)):
-            check_integer(name, value, 1)
+        super().__init__(
+            seed=seed, shuffle=shuffle, rank=rank, world_size=world_size, drop_last=drop_last, as_lists=as_lists
+        )
+        max_tokens = check_integer("max_tokens", max_tokens, 1)
+        num_shapes = check_integer("num_shapes", num_shapes, 1)
+        multiple = check_integer("multiple", multiple, 1)
         values = checked_lengths(lengths, max_tokens, multiple)
         self.num_samples = len(values)
         self.max_tokens = max_tokens
@@ -157,7 +163,7 @@ class LengthBucketedSampler(ResumableSampler):
         Raises:
             ValueError: a length that no sample can have.
         """
-        check_integer("length", length, 1, self.boundaries[-1])
+        length = check_integer("length", length, 1, self.boundaries[-1])
         return self.boundaries[bisect_left(self.boundaries, length)]
 
     @property

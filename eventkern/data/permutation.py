@@ -1,12 +1,10 @@
 """The order of an epoch: a keyed permutation that costs no memory."""
 
-import operator
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from eventkern import _C
+from eventkern.plain import check_integer
 
 PERMUTATION_VERSION = 1
 MAX_SIZE = _C.max_permutation_size
@@ -62,8 +60,8 @@ def permutation(
         Rogaway, "Ciphers with arbitrary finite domains", 2002, section 4 (cycle-walking); Rivest et al., "The RC6 block
         cipher", 1998 (a quadratic as the round function).
     """
-    n, seed, epoch, start = map(_integer, (n, seed, epoch, start), ("n", "seed", "epoch", "start"))
-    stop = n if stop is None else _integer(stop, "stop")
+    n, seed, epoch, start = map(check_integer, ("n", "seed", "epoch", "start"), (n, seed, epoch, start))
+    stop = n if stop is None else check_integer("stop", stop)
     if not 1 <= n <= MAX_SIZE:
         raise ValueError(f"n is {n}; want 1 to 2^48")
     if not 0 <= start <= stop <= n:
@@ -83,13 +81,6 @@ def permutation(
             raise ValueError(f"out is {tuple(out.shape)} {out.dtype}; want ({stop - start},) contiguous torch.int64")
     fill_permutation(out, n, seed=seed, epoch=epoch, start=start)
     return out
-
-
-def _integer(value: Any, name: str) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} is {value!r}; want an integer") from None
 
 
 def _check_device(device: torch.device) -> None:

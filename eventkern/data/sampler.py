@@ -1,17 +1,16 @@
 """Batches of sample indices: shuffled globally or in windows, shared among ranks, resumed at any point."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
-from operator import index
-from typing import Any, NamedTuple, TypedDict
+from typing import TypedDict
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from eventkern import _C
-from eventkern.data.permutation import MAX_KEY, PERMUTATION_VERSION, fill_permutation, permutation
+from eventkern.data.permutation import PERMUTATION_VERSION, fill_permutation, permutation
+from eventkern.data.resumable_sampler import EpochOrder, ResumableSampler
+from eventkern.plain import check_integer
 
 # Indices of many batches are made by one call, few enough to stay in cache.
 MAX_CHUNK = 1 << 16
@@ -35,128 +34,6 @@ class SamplerState(TypedDict):
     window: int | None
 
 
-class EpochOrder(NamedTuple):
-    """What the orders of an epoch depend on, as a value that later calls of set_epoch leave alone."""
-
-    seed: int
-    epoch: int
-    shuffle: bool
-
-    def places(self, n: int, start: int, stop: int, *, part: int = 0, device: torch.device | str = "cpu") -> Tensor:
-        """Positions [start, stop) of an order of [0, n): ascending, or the epoch's permutation `part`."""
-        if not self.shuffle:
-            # On the CPU by numpy: torch.arange opens a parallel region, which costs more than it saves on shared cores.
-            is_cpu = torch.device(device).type == "cpu"
-            return (
-                torch.from_numpy(np.arange(start, stop))
-                if is_cpu
-                else torch.arange(start, stop, dtype=torch.int64, device=device)
-            )
-        places = torch.empty(stop - start, dtype=torch.int64, device=device)
-        fill_permutation(places, n, seed=self.seed, epoch=self.epoch, start=start, part=part)
-        return places
-
-
-class ResumableSampler(ABC):
-    """Iterates over an epoch whose batches are a pure function of (seed, epoch, position), and knows its position.
-
-    Iterating starts the epoch anew, or once goes on from a loaded state.
-    """
-
-    def __init__(self, *, seed: int, shuffle: bool, rank: int, world_size: int, drop_last: bool) -> None:
-        seed = check_integer("seed", seed, 0, MAX_KEY - 1)
-        world_size = check_integer("world_size", world_size, 1)
-        rank = check_integer("rank", rank, 0, world_size - 1)
-        self.seed = seed
-        self.shuffle = shuffle
-        self.rank = rank
-        self.world_size = world_size
-        self.drop_last = drop_last
-        self.epoch = 0
-        self._position = 0
-        self._is_resuming = False
-        self._generation = 0
-
-    @property
-    @abstractmethod
-    def end(self) -> int:
-        """One past the last position of an epoch."""
-
-    @property
-    def start(self) -> int:
-        """The position where iterating begins: a loaded one, else 0."""
-        return self._position if self._is_resuming else 0
-
-    @property
-    def order(self) -> EpochOrder:
-        """The epoch's order as it stands."""
-        return EpochOrder(self.seed, self.epoch, self.shuffle)
-
-    @abstractmethod
-    def walk(self, device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, int]]:
-        """Batches from `start` on, each with the position after it (of all ranks), leaving the sampler's state alone.
-
-        For consumers that draw ahead: they `advance` to a batch's position when it is used.
-
-        Args:
-            device: where the indices are made, "cpu" or "cuda".
-        """
-
-    def __iter__(self) -> Iterator[Tensor]:
-        batches, consumed = self.walk(), self.begin()
-        for batch, position in batches:
-            consumed(position)
-            yield batch
-
-    def begin(self) -> Callable[[int], None]:
-        """Begin an iteration: `start` is 0 again, and the function returned records the positions of this one alone.
-
-        It does nothing once another epoch was chosen or a state loaded: positions of an older order mean nothing then.
-        """
-        self.advance(self.start)
-        generation = self._generation
-
-        def consumed(position: int) -> None:
-            if self._generation == generation:
-                self._position = position
-
-        return consumed
-
-    def advance(self, position: int) -> None:
-        """Record that the epoch is consumed up to a position.
-
-        Raises:
-            ValueError: a position outside the epoch.
-        """
-        check_integer("position", position, 0, self.end)
-        self._position, self._is_resuming = position, False
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch's order; another epoch than the loaded one starts at its beginning."""
-        epoch = check_integer("epoch", epoch, 0, MAX_KEY - 1)
-        if epoch != self.epoch:
-            self.epoch, self._position, self._is_resuming = epoch, 0, False
-            self._generation += 1
-
-    def _restore(self, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-        """Take the epoch, order and position of a state that agrees with what is this sampler's `own`."""
-        if not isinstance(state, Mapping):
-            raise TypeError(f"state is of type {type(state).__name__}; want the mapping that state_dict() returned")
-        for key in (*own, "seed", "epoch", "position", "shuffle"):
-            if key not in state:
-                raise ValueError(f"the sampler state has no {key}; want the mapping that state_dict() returned")
-        for key, value in own.items():
-            if state[key] != value:
-                raise ValueError(f"the sampler state has {key} {state[key]}, but this sampler {value}")
-        for key, largest in (("seed", MAX_KEY - 1), ("epoch", MAX_KEY - 1), ("position", self.end)):
-            check_integer(f"the sampler state's {key}", state[key], 0, largest)
-        if not isinstance(state["shuffle"], bool):
-            raise TypeError(f"the sampler state's shuffle is {state['shuffle']!r}; want True or False")
-        self.seed, self.shuffle, self.epoch = state["seed"], state["shuffle"], state["epoch"]
-        self._position, self._is_resuming = state["position"], True
-        self._generation += 1
-
-
 class IndexSampler(ResumableSampler):
     """Batches of sample indices, shuffled globally and then shared among ranks by position.
 
@@ -170,8 +47,9 @@ class IndexSampler(ResumableSampler):
     `start = sampler.start` read before the epoch's iteration; drawing goes on undisturbed. (torchdata's
     StatefulDataLoader keeps the state that belongs to each batch by itself.)
 
-    Indices are tensors, which a dataset that looks up by key may not take: give DataLoader an object whose `__iter__`
-    yields `batch.tolist()` of each then (it also spares worker processes a file descriptor for each batch).
+    Indices are tensors, which a dataset that looks up by key may not take: give `as_lists=True` then (it also spares
+    worker processes a file descriptor for each batch). accelerate, which shares batches among its processes by itself,
+    needs it too, and a sampler without rank and world_size.
 
     `window` is for stores larger than memory. Blocks of consecutive samples (a 16th of the window, at most 1,024 or a
     65,536th of the window, cut down to a power of two) come in shuffled order, and every run of at most `window`
@@ -193,9 +71,10 @@ class IndexSampler(ResumableSampler):
         world_size: number of ranks.
         drop_last: leave out a short last batch.
         window: samples that are shuffled together, at least 1; None for all.
+        as_lists: iterate over lists of ints, as torch's `BatchSampler` does, and not over tensors.
 
     Raises:
-        TypeError: a number that is no integer.
+        TypeError: a number that is no integer, or a bool that is none of True, False, 1 and 0.
         ValueError: an argument out of its range.
     """
 
@@ -210,8 +89,11 @@ class IndexSampler(ResumableSampler):
         world_size: int = 1,
         drop_last: bool = False,
         window: int | None = None,
+        as_lists: bool = False,
     ) -> None:
-        super().__init__(seed=seed, shuffle=shuffle, rank=rank, world_size=world_size, drop_last=drop_last)
+        super().__init__(
+            seed=seed, shuffle=shuffle, rank=rank, world_size=world_size, drop_last=drop_last, as_lists=as_lists
+        )
         num_samples = check_integer("num_samples", num_samples, 1, _C.max_permutation_size)
         batch_size = check_integer("batch_size", batch_size, 1, _C.max_permutation_size)
         if window is not None:
@@ -358,14 +240,3 @@ class WindowedOrder:
             blocks -= torch.arange(end - first, dtype=torch.int64, device=self.device)
             self._cached_window, self._cached_moves = window, (blocks << self.block_bits) + self._shift
         return self._cached_moves
-
-
-def check_integer(name: str, value: object, smallest: int, largest: int | None = None) -> int:
-    """The value as an int; raises TypeError or ValueError, with the name, unless it is an integer of the range."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} is {value!r}; want an integer")
-    value = index(value)
-    if value < smallest or (largest is not None and value > largest):
-        bounds = f"at least {smallest}" if largest is None else f"{smallest} to {largest}"
-        raise ValueError(f"{name} is {value}; want {bounds}")
-    return value

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from eventkern import _C
+from eventkern.plain import item
 
 Kind = Literal["id", "flag", "bins", "time", "elapsed"]
 
@@ -70,6 +71,8 @@ class Category:
 
     def __post_init__(self) -> None:
         place = f"category {self.name!r}"
+        for option in ("bins", "limit"):
+            object.__setattr__(self, option, item(getattr(self, option)))
         for option in ("name", "column"):
             value = getattr(self, option)
             if not isinstance(value, str) or (option == "name" and not _is_name(value)):
@@ -157,6 +160,7 @@ class Schema:
             value = getattr(self, option)
             if not _is_name(value) and not (option == "timestamp" and value and isinstance(value, str)):
                 raise DataError(f"key {option!r}: is {value!r}; write a non-empty text of one line")
+        object.__setattr__(self, "uniform_sizes", item(self.uniform_sizes))
         if not isinstance(self.uniform_sizes, bool):
             raise DataError(f"key 'uniform_sizes': is {self.uniform_sizes!r}; write true or false")
         if not self.categories:

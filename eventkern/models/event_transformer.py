@@ -25,6 +25,7 @@ from eventkern.nn import (
     StackedLinear,
     StackedSelfAttention,
 )
+from eventkern.plain import check_fields
 
 PADDING_CLASS = 0
 
@@ -60,6 +61,10 @@ class EventTransformerConfig:
         checkpoint_blocks: in training, keep only the inputs of every encoder and decoder layer and run its forward
             again in the backward (T. Chen et al., 2016): the same losses and gradients for less memory and more time.
             torch loads its compiler for that, which takes about 140 MiB of the host's memory.
+
+    Raises:
+        TypeError: a value of another type; it names the field.
+        ValueError: a value out of its range.
     """
 
     category_names: tuple[str, ...]
@@ -76,6 +81,7 @@ class EventTransformerConfig:
     checkpoint_blocks: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if len(self.category_names) != len(self.category_sizes):
             raise ValueError(
                 f"category_sizes has {len(self.category_sizes)} entries; want {len(self.category_names)}, one each"

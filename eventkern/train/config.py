@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from eventkern.plain import check_fields
+
 Config = TypeVar("Config")
 
 
@@ -26,7 +28,7 @@ class TrainerConfig:
     """How to train: steps, the optimizer, evaluation and the log. The keys of models and data are not the trainer's.
 
     Raises:
-        ConfigError: a value out of its range.
+        ConfigError: a value of another type or out of its range.
     """
 
     epochs: int = 20
@@ -83,6 +85,10 @@ class TrainerConfig:
     """Histograms of weights and gradients at every evaluation; gradients then stay in memory until the next step."""
 
     def __post_init__(self) -> None:
+        try:
+            check_fields(self)
+        except TypeError as error:
+            raise ConfigError(str(error)) from None
         for key in ("epochs", "batch_size", "grad_accum", "log_every", "keep_checkpoints", "max_skipped_steps"):
             require(self, key, getattr(self, key) >= 1, "at least 1")
         for key in ("max_steps", "evaluate_every", "early_stopping", "save_every"):
