@@ -1,9 +1,10 @@
 """Batches of windows in the sampler's order, gathered ahead and brought to the device."""
 
+import copy
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -12,13 +13,26 @@ from torch import Tensor
 
 from eventkern.data.folds import Fold
 from eventkern.data.prefetch import Placed, gathered, placed
-from eventkern.data.sampler import IndexSampler, SamplerState, check_integer
+from eventkern.data.sampler import IndexSampler, SamplerState
 from eventkern.data.schema import DataError
 from eventkern.data.store import EventStore
 from eventkern.data.windows import EventBatch, WindowGatherer
+from eventkern.plain import check_flag, check_integer
 
 MAX_LENGTH = (1 << 31) - 2
 """Of a window: the extension counts its events in 32 bits."""
+
+
+class Windows(NamedTuple):
+    """Which windows a loader goes over, and where they are gathered."""
+
+    split: Literal["train", "validation"]
+    fold: Fold | None
+    by_length: bool
+    src_seq_len: int
+    tgt_seq_len: int
+    id_category_size: int
+    device: torch.device
 
 
 class EventLoader:
@@ -29,6 +43,9 @@ class EventLoader:
     and only then is its memory used again. On a CUDA device a batch is copied from pinned memory in one transfer, on a
     stream of its own, one batch ahead; work on the stream that is current when the batch is drawn waits for that copy,
     and the host never does.
+
+    It can be copied and pickled. The copy has this loader's state, and threads and memory of its own; in another
+    process it also maps the store anew.
 
     Args:
         store: the events.
@@ -84,30 +101,27 @@ class EventLoader:
         fold: Fold | None = None,
         by_length: bool = False,
     ) -> None:
-        src_seq_len = check_integer("src_seq_len", src_seq_len, 1, MAX_LENGTH)
-        tgt_seq_len = check_integer("tgt_seq_len", tgt_seq_len, 1, MAX_LENGTH)
         self.device = torch.device(device)
+        resident = check_flag("resident", resident)
         if resident and self.device.type != "cuda":
             raise ValueError(f"resident is True on device {self.device}; want a CUDA device")
-        anchors = store.anchors(split, tgt_seq_len, fold)
-        if len(anchors) == 0 and fold is not None:
-            raise DataError(f"{store.path}: no key that {split} takes under {fold} has two events; take another fold")
-        if len(anchors) == 0:
-            raise DataError(f"{store.path}: the {split} period has no event with a successor; move the schema's split")
-        shuffle = split == "train" if shuffle is None else shuffle
+        shuffle = split == "train" if shuffle is None else check_flag("shuffle", shuffle)
+        by_length = check_flag("by_length", by_length)
         if by_length and shuffle:
             raise ValueError("by_length is True with shuffle; want one of the two: lengths leave no order to shuffle")
-        limits = store.limits(split, fold)
-        self._lengths: NDArray[np.int64] | None = None
-        if by_length:
-            offsets = store.index(store.schema.key).offsets
-            ends = limits[np.searchsorted(offsets, anchors, side="right") - 1]
-            lengths = np.minimum(ends - anchors - 1, tgt_seq_len)
-            by_lengths = np.argsort(lengths, kind="stable")
-            anchors, self._lengths = anchors[by_lengths], lengths[by_lengths]
         self.store = store
-        self.num_samples = len(anchors)
-        self.pad_last = pad_last
+        self._windows = Windows(
+            split=split,
+            fold=fold,
+            by_length=by_length,
+            src_seq_len=check_integer("src_seq_len", src_seq_len, 1, MAX_LENGTH),
+            tgt_seq_len=check_integer("tgt_seq_len", tgt_seq_len, 1, MAX_LENGTH),
+            id_category_size=check_integer("id_category_size", id_category_size),
+            device=self.device if resident else torch.device("cpu"),
+        )
+        self._make_gatherer()
+        self.num_samples = self._gatherer.num_windows
+        self.pad_last = check_flag("pad_last", pad_last)
         self.prefetch = check_integer("prefetch", prefetch, 0)
         self.sampler = IndexSampler(
             self.num_samples,
@@ -119,15 +133,42 @@ class EventLoader:
             drop_last=drop_last,
             window=window,
         )
+
+    def _make_gatherer(self) -> None:
+        """What holds addresses of this process, of the windows in their order."""
+        store, windows = self.store, self._windows
+        split, fold = windows.split, windows.fold
+        anchors = store.anchors(split, windows.tgt_seq_len, fold)
+        if len(anchors) == 0 and fold is not None:
+            raise DataError(f"{store.path}: no key that {split} takes under {fold} has two events; take another fold")
+        if len(anchors) == 0:
+            raise DataError(f"{store.path}: the {split} period has no event with a successor; move the schema's split")
+        limits = store.limits(split, fold)
+        self._lengths: NDArray[np.int64] | None = None
+        if windows.by_length:
+            offsets = store.index(store.schema.key).offsets
+            ends = limits[np.searchsorted(offsets, anchors, side="right") - 1]
+            lengths = np.minimum(ends - anchors - 1, windows.tgt_seq_len)
+            by_lengths = np.argsort(lengths, kind="stable")
+            anchors, self._lengths = anchors[by_lengths], lengths[by_lengths]
         self._gatherer = WindowGatherer(
             store,
             anchors,
             limits,
-            src_seq_len=src_seq_len,
-            tgt_seq_len=tgt_seq_len,
-            id_category_size=id_category_size,
-            device=self.device if resident else torch.device("cpu"),
+            src_seq_len=windows.src_seq_len,
+            tgt_seq_len=windows.tgt_seq_len,
+            id_category_size=windows.id_category_size,
+            device=windows.device,
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, here or in another process, gathers by itself, from where this loader stands.
+        state = {name: value for name, value in vars(self).items() if name not in ("_gatherer", "_lengths")}
+        return {**state, "sampler": copy.copy(self.sampler)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._make_gatherer()
 
     def __len__(self) -> int:
         return len(self.sampler)
