@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # From the ground up. A room may import itself and any lower floor; rooms that share a floor are blind to one another.
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"_C"}),
-    frozenset({"__init__", "disk", "hardware", "plain"}),
+    frozenset({"__init__", "disk", "hardware", "modes", "plain"}),
     frozenset({"ops", "data", "train"}),
     frozenset({"nn"}),
     frozenset({"models"}),

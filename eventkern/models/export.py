@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from eventkern.models.event_transformer import EventTransformer
+from eventkern.modes import evaluating
 
 
 class Logits(nn.Module):
@@ -33,13 +34,13 @@ def export_logits(model: EventTransformer) -> ExportedProgram:
     weights quantised by `eventkern.nn.quantize_int8` stay 8-bit integers in it.
 
     Args:
-        model: on the device that the program will run on; left in the mode (training or not) it was found in.
+        model: on the device that the program will run on; each module is left in the mode (training or not) it was
+            found in.
 
     Returns:
         What `torch.export.save` writes, `torch.compile` compiles and AOTInductor packages.
     """
     config = model.config
-    was_training = model.training
     device = next(model.parameters()).device
     categories = len(model.head_names)
     sources = torch.ones(2, config.num_streams, config.src_seq_len, categories, dtype=torch.int32, device=device)
@@ -48,14 +49,10 @@ def export_logits(model: EventTransformer) -> ExportedProgram:
     # a dimension that can only be 1 is no dynamic one
     num_events = {1: Dim("num_events", max=config.tgt_seq_len)} if config.tgt_seq_len > 1 else {}
     shapes = {"sources": {0: batch}, "events": {0: batch, **num_events}}
-    model.eval()
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)  # torch's use of its own
-            program = torch.export.export(Logits(model), (sources, events), dynamic_shapes=shapes)
-            return program.run_decompositions({torch.ops.eventkern.multi_embedding.default: _embedded})
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)  # torch's use of its own
+        program = torch.export.export(Logits(model), (sources, events), dynamic_shapes=shapes)
+        return program.run_decompositions({torch.ops.eventkern.multi_embedding.default: _embedded})
 
 
 def exported_bytes(model: EventTransformer) -> bytes:

@@ -16,6 +16,7 @@ from torch import Tensor
 from eventkern import _C
 from eventkern.models.decoder_step import PackedLayers, can_pack, padded_length
 from eventkern.models.event_transformer import DecoderLayer, EventTransformer
+from eventkern.modes import evaluating
 from eventkern.ops.switches import is_reference_forced
 
 MISSING_CLASS = 1
@@ -218,7 +219,8 @@ def generate(
 
     The newest known event is the anchor of a window, and T events follow it; then the newest of those is the anchor of
     the next window, with sources of its own. All categories of an event are drawn independently, as the model has them:
-    given the past. The model is used in evaluation mode and left in the mode it was found in.
+    given the past. The model is used in evaluation mode, and each of its modules is left in the
+    mode it was found in.
 
     Args:
         model: on the device where the events are made; under `torch.autocast` in its dtype.
@@ -258,25 +260,18 @@ def generate(
     anchors = events_BC
     columns = list(given)
     generated_BNC = torch.zeros(batch_size, num_events, num_categories, dtype=torch.int32, device=device)
-    was_training = model.training
-    model.eval()
-    decoder = CachedDecoder(model, batch_size)
-    trouble = torch.zeros(
-        (), dtype=torch.float32, device=device
-    )  # stays 0 while all logits are finite, and nobody waits for it
-    try:
-        with torch.inference_mode():
-            for step in range(num_events):
-                if step % model.config.tgt_seq_len == 0:
-                    decoder.begin(model.encode(history.sources(generated_BNC[:, :step]).to(device)))
-                logits_BV = F.linear(decoder.step(events_BC), model.heads.weight, model.heads.bias)
-                trouble += 0 * logits_BV.sum(dtype=torch.float32)
-                events_BC = sampler(logits_BV, None if uniforms is None else uniforms[:, step])
-                if columns:
-                    events_BC[:, columns] = anchors[:, columns]
-                generated_BNC[:, step] = events_BC
-    finally:
-        model.train(was_training)
+    trouble = torch.zeros((), dtype=torch.float32, device=device)  # stays 0 while all logits are finite, nobody waits
+    with evaluating(model), torch.inference_mode():
+        decoder = CachedDecoder(model, batch_size)
+        for step in range(num_events):
+            if step % model.config.tgt_seq_len == 0:
+                decoder.begin(model.encode(history.sources(generated_BNC[:, :step]).to(device)))
+            logits_BV = F.linear(decoder.step(events_BC), model.heads.weight, model.heads.bias)
+            trouble += 0 * logits_BV.sum(dtype=torch.float32)
+            events_BC = sampler(logits_BV, None if uniforms is None else uniforms[:, step])
+            if columns:
+                events_BC[:, columns] = anchors[:, columns]
+            generated_BNC[:, step] = events_BC
     if not trouble.isfinite():
         raise FloatingPointError(
             f"the logits of {num_events} events are not all finite: the model's weights are broken"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eventkern.modes import evaluating
 from eventkern.train.config import ConfigError
 from eventkern.train.device import autocast, float32_products
 from eventkern.train.distributed import Ranks
@@ -25,7 +26,7 @@ def evaluate(
     """One pass over all batches: every metric of the model, (H,) float64 on the CPU, averaged over labels.
 
     Args:
-        model: left in the mode (training or not) it was found in.
+        model: each of its modules is left in the mode (training or not) it was found in.
         batches: validation batches on `device`, all of them on every rank; started from the beginning.
         precision: "fp32", "tf32", "bf16" or "fp16".
         device: the device of model and batches.
@@ -56,7 +57,7 @@ def score(
     """One pass over all batches: the sums of the model's `scores`, float64 on the CPU; `Scorecard` reads them.
 
     Args:
-        model: left in the mode (training or not) it was found in; a `ScoredModel`.
+        model: each of its modules is left in the mode (training or not) it was found in; a `ScoredModel`.
         batches: validation batches on `device`; started from the beginning.
         top_k: numbers of classes that a guess may name.
         precision: "fp32", "tf32", "bf16" or "fp16".
@@ -81,17 +82,12 @@ def _totals(
 ) -> dict[str, Tensor]:
     """The sums over all batches, and ranks, of what is measured on each, float64 on the CPU."""
     device = ranks.device
-    was_training = model.training
-    model.train(False)
     batches.set_epoch(0)
     sums: dict[str, Tensor] = {}
-    try:
-        with torch.no_grad(), float32_products(precision), autocast(precision, device):
-            for batch, counts in shared(batches, ranks):
-                for name, values in _wide(measure(batch), device).items():
-                    sums[name] = sums[name] + values * counts if name in sums else values * counts
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.no_grad(), float32_products(precision), autocast(precision, device):
+        for batch, counts in shared(batches, ranks):
+            for name, values in _wide(measure(batch), device).items():
+                sums[name] = sums[name] + values * counts if name in sums else values * counts
     if not sums:
         raise ConfigError("there is nothing to evaluate: the validation loader has no batch")
     flat = ranks.sum(torch.cat([values.flatten() for values in sums.values()])).cpu().double()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from eventkern.modes import training
 from eventkern.train.boards import require_board
 from eventkern.train.checkpoint import (
     CHECKPOINTS,
@@ -183,6 +184,9 @@ class Trainer:
     def fit(self) -> TrainResult:
         """Trains to the end of the last epoch, to max_steps or to an early stop, whichever comes first.
 
+        A model in training mode trains as it is, with modules inside of it that are in evaluation mode (`bn.eval()`);
+        of another one all modules train, and each is left in the mode it was found in.
+
         Raises:
             ConfigError: another process has the run folder, or nothing may be written there.
             FloatingPointError: max_skipped_steps in a row were not finite.
@@ -200,6 +204,7 @@ class Trainer:
                     self._log = stack.enter_context(self._open_log())
             self._stop = stack.enter_context(stop_request())
             stack.enter_context(float32_products(self._precision))
+            stack.enter_context(training(self.model))
             self._compile_clock = stack.enter_context(compile_clock(self._parallel.is_compiled))
             self._run()
         return self._result()
@@ -239,7 +244,6 @@ class Trainer:
 
     def _train_epoch(self) -> bool:
         """Trains to the end of the epoch, or of the run; returns whether the run has ended."""
-        self.model.train()
         epoch = self.epochs_done
         batches = iter(self.loaders.train)
         upcoming = self._draw(batches, 1)

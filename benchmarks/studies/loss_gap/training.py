@@ -16,6 +16,7 @@ from benchmarks.studies.loss_gap.settings import Setting
 from benchmarks.training import endless
 from eventkern.data import EventBatch, EventLoader, EventStore
 from eventkern.models import EventTransformer, EventTransformerConfig
+from eventkern.modes import evaluating
 from eventkern.nn import StackedLinear
 from eventkern.train.config import TrainerConfig
 from eventkern.train.device import autocast, float32_products, has_precision
@@ -302,12 +303,11 @@ def train(store: EventStore, setting: Setting, seed: int) -> Run:
 @torch.no_grad()
 def evaluate(model: EventTransformer, loader: EventLoader, setting: Setting) -> Tensor:
     """(H,) float64 nats: the mean over all validation labels, in the setting's precision."""
-    model.eval()
     sums = torch.zeros(len(model.head_names), dtype=torch.float64)
     num_targets = 0
-    for batch in loader:
-        batch = EventBatch(*(part.to(setting.device) for part in (batch.sources, batch.targets, batch.num_targets)))
-        with autocast(setting.precision, torch.device(setting.device)):
+    with evaluating(model), autocast(setting.precision, torch.device(setting.device)):
+        for batch in loader:
+            batch = EventBatch(*(part.to(setting.device) for part in (batch.sources, batch.targets, batch.num_targets)))
             sums += model(batch).double().cpu() * int(batch.num_targets)
-        num_targets += int(batch.num_targets)
+            num_targets += int(batch.num_targets)
     return sums / num_targets
