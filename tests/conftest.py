@@ -62,10 +62,11 @@ def _poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     def poison(real: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def poisoned(*args: Any, **kwargs: Any) -> Tensor:
             tensor = real(*args, **kwargs)
-            if torch.compiler.is_compiling() or tensor.is_meta or tensor.dtype == torch.bool:
+            if torch.compiler.is_compiling() or tensor.is_meta or tensor.dtype == torch.bool or not tensor.numel():
                 return tensor
             with torch.no_grad():
-                return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+                has_nan = tensor.is_floating_point() or tensor.is_complex()
+                return tensor.fill_(torch.nan if has_nan else torch.iinfo(tensor.dtype).max)
 
         return poisoned
 

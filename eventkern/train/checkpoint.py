@@ -11,10 +11,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
+import os
 import pickle
 import random
-from collections.abc import Mapping
+import shutil
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,8 +26,8 @@ import numpy as np
 import torch
 
 from eventkern.disk import flush
-from eventkern.train.weights import write_safetensors
-from eventkern.train.whole_files import remove_leftovers, write_whole
+from eventkern.train.weights import unwritable, write_safetensors
+from eventkern.train.whole_files import num_bytes, remove_leftovers, write_whole
 
 CHECKPOINTS = "checkpoints"
 BEST_WEIGHTS = "best.safetensors"
@@ -58,6 +62,7 @@ class CheckpointFolder:
     def __init__(self, path: Path, keep: int = 1) -> None:
         self.path = path
         self.keep = keep
+        self._is_proven = False
 
     @property
     def last(self) -> Path | None:
@@ -73,6 +78,9 @@ class CheckpointFolder:
     def save(self, state: Mapping[str, Any], step: int, *, is_best: bool) -> Path:
         """Writes one checkpoint, points `last` (and `best`) at it, then removes those no longer kept.
 
+        Its checksum is read back, and of the first one all of it, with `weights_only=True`. `best.safetensors` is
+        left out where safetensors cannot hold the weights, as `rehearse` tells.
+
         Args:
             state: tensors and plain values; "model" is the state_dict, whose tensors `best.safetensors` holds.
             step: names the file.
@@ -80,20 +88,65 @@ class CheckpointFolder:
 
         Raises:
             OSError: no space, no permission, bytes that read back other than written: what was there is untouched.
+            CheckpointError: a value that could be written and not be read: what was there is untouched.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.path)
         target = self.path / f"step-{step:08d}.pt"
-        state = {**state, "format": FORMAT}
-        writers: dict[Path, Any] = {target: lambda file: _write_checkpoint(state, file)}
-        if is_best:
-            writers[self.path / BEST_WEIGHTS] = lambda file: write_safetensors(state["model"], _told(state), file)
-        write_whole(writers)
+        write_whole(self._writers(target, state, is_best))
+        self._is_proven = True
+        if is_best and unwritable(state["model"]):
+            (self.path / BEST_WEIGHTS).unlink(missing_ok=True)  # of an older best
         # `last` comes last: a run that is killed before it goes on from the one before, and finds this best again.
         for name in ("best", "last") if is_best else ("last",):
             self._point(name, target)
         self._prune()
         return target
+
+    def rehearse(self, state: Mapping[str, Any], more_bytes: int = 0) -> list[str]:
+        """Does all that the first save of a run will do but for keeping anything, while there is nothing to lose yet.
+
+        Args:
+            state: as for `save`.
+            more_bytes: what a later checkpoint will hold beside it.
+
+        Returns:
+            What is worth knowing beforehand, in a line each: a best.safetensors that is left out, or space that will do
+            for the first checkpoint and not for all that are kept.
+
+        Raises:
+            CheckpointError: a value that cannot be saved, or not be loaded with `weights_only=True`; it is named.
+            OSError: less space than the first checkpoint takes.
+        """
+        if fault := _unloadable(state, "state"):
+            mend = "give tensors and plain values there, or leave it out of the state_dict"
+            raise CheckpointError(f"{self.path}: no checkpoint of this run could be loaded: {fault}; {mend}")
+        writers = self._writers(self.path / "step-00000000.pt", state, True)
+        wanted = num_bytes(writers.values()) + more_bytes
+        folder = next(parent for parent in (self.path, *self.path.parents) if parent.is_dir())
+        free = shutil.disk_usage(folder).free
+        sizes = f"{wanted:,} bytes wanted for a checkpoint, {free:,} free"
+        if free < wanted:
+            raise OSError(errno.ENOSPC, f"{self.path}: {os.strerror(errno.ENOSPC)}: {sizes}; nothing was trained yet")
+        remarks = []
+        if fault := unwritable(state["model"]):
+            remarks.append(f"{BEST_WEIGHTS} is left out: {fault}")
+        if (most := self.keep + 2) * wanted > free + sum(file.stat().st_size for file in _newest_first(self.path)):
+            remarks.append(f"space is short: up to {most} checkpoints lie in {self.path} at once, and {sizes} now")
+        return remarks
+
+    def _writers(
+        self, target: Path, state: Mapping[str, Any], is_best: bool
+    ) -> dict[Path, Callable[[IO[bytes]], None]]:
+        state = {**state, "format": FORMAT}
+        is_read = not self._is_proven
+        writers: dict[Path, Callable[[IO[bytes]], None]] = {
+            target: lambda file: _write_checkpoint(state, file, is_read)
+        }
+        if is_best and not unwritable(state["model"]):
+            told = _told(state)
+            writers[self.path / BEST_WEIGHTS] = lambda file: write_safetensors(state["model"], told, file)
+        return writers
 
     def _target(self, name: str) -> Path | None:
         link = self.path / name
@@ -166,26 +219,33 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_weights(model: Any, weights: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Loads a plain state_dict into a model, or names the first parameter that differs."""
+def load_weights(model: Any, weights: Mapping[str, Any], path: Path) -> None:
+    """Loads a plain state_dict into a model, or names the first parameter, buffer or extra state that differs."""
     own = model.state_dict()
     if not isinstance(weights, Mapping):
         raise CheckpointError(f"{path}: its weights are a {type(weights).__name__}; give one that eventkern wrote")
     for name in [*own, *weights]:
-        here, there = _shape_of(own, name), _shape_of(weights, name)
+        here, there = (_shown(state, name) for state in (own, weights))
         if here != there:
+            what = "parameter" if "(" in here + there else "extra state"
             raise CheckpointError(
-                f"{path}: parameter {name!r} is {there} in the checkpoint and {here} in the model; "
+                f"{path}: {what} {name!r} is {there} in the checkpoint and {here} in the model; "
                 "give the configuration it was trained with"
             )
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:  # of torch, or of a set_extra_state
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{path}: the model does not take its weights: {reason}; give the configuration it was trained with"
+        ) from error
 
 
-def _shape_of(weights: Mapping[str, Any], name: str) -> tuple[int, ...] | str:
+def _shown(weights: Mapping[str, Any], name: str) -> str:
     if name not in weights:
         return "absent"
     value = weights[name]
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+    return str(tuple(value.shape)) if isinstance(value, torch.Tensor) else "no tensor"
 
 
 def random_state() -> dict[str, Any]:
@@ -252,8 +312,11 @@ class _ChecksummedZip:
             raise
 
 
-def _write_checkpoint(state: Mapping[str, Any], file: IO[bytes]) -> None:
-    """Writes a checkpoint to an open file and reads it back, since older ones are pruned in trust of it."""
+def _write_checkpoint(state: Mapping[str, Any], file: IO[bytes], is_read: bool = False) -> None:
+    """Writes a checkpoint to an open file and reads it back, since older ones are pruned in trust of it.
+
+    What is read back are its bytes, for their checksum, and where `is_read` what they mean too.
+    """
     archive: Any = _ChecksummedZip(file)
     try:
         torch.save(dict(state), archive)
@@ -265,6 +328,46 @@ def _write_checkpoint(state: Mapping[str, Any], file: IO[bytes]) -> None:
     file.flush()
     if file.readable() and _fault_of(file) is not None:
         raise OSError(errno.EIO, f"{file.name}: read back, its bytes are not those written; see to the disk or memory")
+    if file.readable() and is_read:
+        try:
+            torch.load(file.name, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:
+            fault = _unloadable(state, "state") or " ".join(str(error).split())
+            raise CheckpointError(f"{file.name}: read back, it does not load: {fault}") from error
+
+
+def _unloadable(value: Any, name: str) -> str | None:
+    """The innermost part of a state that cannot be saved and loaded with `weights_only=True`, and why; or None."""
+    file = io.BytesIO()
+    try:
+        torch.save(_without_numbers(value), file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception as error:  # whatever a value's own pickling raises
+        parts = (
+            value.items() if isinstance(value, Mapping) else enumerate(value) if type(value) in (list, tuple) else ()
+        )
+        inner = (_unloadable(part, f"{name}[{key!r}]") for key, part in parts)
+        reason = " ".join(str(error).split())[:200]
+        kind = value.dtype if isinstance(value, torch.Tensor) else f"type {type(value).__name__}"
+        return next(filter(None, inner), f"{name} is of {kind} ({reason})")
+    return None
+
+
+def _without_numbers(value: Any) -> Any:
+    """A state of the same types with no element in its tensors: what a load makes of it takes no time to see."""
+    if isinstance(value, torch.Tensor) and type(value) in (torch.Tensor, torch.nn.Parameter):
+        is_plain = value.layout == torch.strided and not value.is_quantized
+        return torch.empty(0, dtype=value.dtype) if is_plain else value
+    if type(value) is dict:
+        return {key: _without_numbers(part) for key, part in value.items()}
+    if type(value) is OrderedDict:  # a state_dict, which bears the modules' versions as an attribute
+        bare = OrderedDict((key, _without_numbers(part)) for key, part in value.items())
+        vars(bare).update(vars(value))
+        return bare
+    if type(value) in (list, tuple):
+        return type(value)(_without_numbers(part) for part in value)
+    return value
 
 
 def _fault(path: Path) -> str | None:

@@ -58,8 +58,9 @@ class Parallel:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-        for tensor in self.model.state_dict().values():
-            broadcast(tensor, src=0)  # as DistributedDataParallel does
+        for value in self.model.state_dict().values():
+            if isinstance(value, Tensor):  # and not what a get_extra_state returns
+                broadcast(value, src=0)  # as DistributedDataParallel does
         mesh = init_device_mesh(self._ranks.device.type, (self._ranks.world_size,))
         for block in blocks(self.model):
             # A lone Linear stays uncompiled: dynamo starts no graph in torch's own code.
@@ -96,7 +97,7 @@ class Parallel:
         gathered = state.full_tensor()
         return gathered.cpu() if self._ranks.is_main else None
 
-    def own_weights(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def own_weights(self, weights: Mapping[str, Any]) -> Mapping[str, Any]:
         """What this rank holds of the whole model's weights."""
         own = self.model.state_dict() if self.is_sharded else {}
         return {name: _share(weight, own.get(name)) for name, weight in weights.items()}
@@ -129,7 +130,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return [member for member in members if not any(isinstance(inner, nn.ModuleList) for inner in member.modules())]
 
 
-def _share(whole: Tensor, own: Any) -> Tensor:
+def _share(whole: Any, own: Any) -> Any:
     if own is None or not hasattr(own, "placements"):
         return whole
     from torch.distributed.tensor import distribute_tensor

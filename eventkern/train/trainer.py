@@ -16,27 +16,23 @@ from eventkern.modes import training
 from eventkern.train.boards import require_board
 from eventkern.train.checkpoint import (
     CHECKPOINTS,
-    CheckpointError,
     CheckpointFolder,
     load_checkpoint,
-    load_weights,
-    random_state,
-    set_random_state,
 )
 from eventkern.train.config import ConfigError, TrainerConfig, to_mapping
 from eventkern.train.curves import plot_curves
 from eventkern.train.device import float32_products, seed_everything, select_device, select_precision
 from eventkern.train.distributed import Ranks
-from eventkern.train.environment import environment
 from eventkern.train.evaluation import evaluate
 from eventkern.train.failures import OtherRankError, explained, smaller_step
 from eventkern.train.ledger import Ledger
 from eventkern.train.logging import RunLog
 from eventkern.train.meter import Meter
-from eventkern.train.optim import EarlyStopping, Schedule, build_optimizer, load_moments
+from eventkern.train.optim import EarlyStopping, Schedule, build_optimizer
 from eventkern.train.parallel import Parallel, compile_clock, refuse_graphs
 from eventkern.train.protocols import BatchLoader, TrainableModel
 from eventkern.train.run_folder import locked, make_fresh_folder
+from eventkern.train.snapshot import Snapshot
 from eventkern.train.step import OptimizerStep, Outcome, marked
 from eventkern.train.termination import StopRequest, stop_request
 
@@ -69,10 +65,11 @@ class Trainer:
     for the device. A step with a loss or a gradient that is not finite is skipped and counted; while steps are being
     skipped no checkpoint is written, and `max_skipped_steps` in a row end the run.
 
-    A checkpoint holds: model (the plain state_dict), optimizer, schedule, early_stopping, scaler (the loss scale),
-    random (generator states), loader (its position), step, epochs_done, best_loss, skipped_steps, config, metadata,
-    environment. Ctrl-C and SIGTERM, on any rank, finish the step (and the evaluation it is due), save, and end the run;
-    a second Ctrl-C aborts it.
+    A checkpoint holds: model (the plain state_dict), optimizer, trained (names of its parameters), schedule,
+    early_stopping, scaler (the loss scale), random (generator states), loader (its position), step, epochs_done,
+    best_loss, skipped_steps, config, metadata, environment. The first thing a run does is to write one that nothing
+    keeps, so that what cannot be saved ends it before its first step. Ctrl-C and SIGTERM, on any rank, finish the step
+    (and the evaluation it is due), save, and end the run; a second Ctrl-C aborts it.
 
     Args:
         model: a TrainableModel; moved to the device of the configuration.
@@ -131,6 +128,16 @@ class Trainer:
         self.schedule = Schedule(self.optimizer, config, self.total_steps)
         self.early_stopping = EarlyStopping(config.early_stopping)
         self._optimizer_step = OptimizerStep(self._parallel, self.optimizer, config, self.ranks, self._precision)
+        self._snapshot = Snapshot(
+            self._parallel,
+            self.optimizer,
+            self._optimizer_step,
+            self.schedule,
+            self.early_stopping,
+            loaders.train,
+            config,
+            self.ranks,
+        )
         self.step = self.epochs_done = 0
         self.best_loss = float("inf")
         self._metadata = dict(metadata or {})
@@ -149,37 +156,15 @@ class Trainer:
             state: what `load_checkpoint(path)` returned, where that was called already; None: it is read now.
 
         Raises:
-            CheckpointError: a checkpoint that is missing, damaged, of another model or of other training data.
+            CheckpointError: a checkpoint that is missing or damaged, or of another model, of other parameters that are
+                trained, of another optimizer or of other training data; it names what differs.
         """
         with self.ranks.together():
-            self._take_up(Path(path), load_checkpoint(Path(path)) if state is None else state)
-        self._resumed = True
-
-    def _take_up(self, path: Path, state: Mapping[str, Any]) -> None:
-        load_weights(self.model, self._parallel.own_weights(state["model"]), path)
-        try:
-            self.loaders.train.load_state_dict(state["loader"])
-        except ValueError as error:
-            raise CheckpointError(
-                f"{path}: is of other training data: {error}; give the store it was trained on, or start a fresh run"
-            ) from error
-        load_moments(self.optimizer, self._parallel.own_moments(self.optimizer, state["optimizer"]))
-        self._optimizer_step.load_state_dict(state)
-        self.schedule.load_state_dict(state["schedule"])
-        self.early_stopping.load_state_dict(state.get("early_stopping", self.early_stopping.state_dict()))
+            state = load_checkpoint(Path(path)) if state is None else state
+            self._snapshot.take_up(Path(path), state)
         self._position = state["loader"]
-        self.step = state["step"]
-        self.epochs_done = state["epochs_done"]
-        self.best_loss = state["best_loss"]
-        self._set_random_state(state)
-
-    def _set_random_state(self, state: Mapping[str, Any]) -> None:
-        """Takes up this rank's generators; where there were fewer ranks, seeds them by the step."""
-        of_ranks = [state["random"], *state.get("random_of_ranks", [])]
-        if self.ranks.rank < len(of_ranks):
-            set_random_state(of_ranks[self.ranks.rank])
-        else:
-            seed_everything(self.config.seed, self.ranks.rank, self.step)
+        self.step, self.epochs_done, self.best_loss = state["step"], state["epochs_done"], state["best_loss"]
+        self._resumed = True
 
     def fit(self) -> TrainResult:
         """Trains to the end of the last epoch, to max_steps or to an early stop, whichever comes first.
@@ -189,6 +174,8 @@ class Trainer:
 
         Raises:
             ConfigError: another process has the run folder, or nothing may be written there.
+            CheckpointError: before the first step: a value that no checkpoint could hold.
+            OSError: before the first step: no space for a checkpoint; later: a checkpoint could not be written.
             FloatingPointError: max_skipped_steps in a row were not finite.
             RunFailure: no memory left, a model that does not compile, or a rank that is gone.
             OtherRankError: as a FloatingPointError, on all ranks but the main one.
@@ -219,6 +206,7 @@ class Trainer:
             return self._say(f"nothing left to do at step {self.step}: raise {key}")
         if self.ledger is not None and self.ranks.is_main and not (self.run_dir / LEDGER_FILE).exists():
             self.ledger.save(self.run_dir / LEDGER_FILE)
+        self._rehearse()
         self._meter.start()
         ended = False
         while not ended:
@@ -378,24 +366,18 @@ class Trainer:
 
     def _save(self, is_best: bool) -> None:
         """Writes a checkpoint, on the main rank; all take part."""
-        model, optimizer = (self._parallel.whole(part.state_dict()) for part in (self.model, self.optimizer))
-        of_main, *of_others = self.ranks.gather(random_state())
-        if not self.ranks.is_main:
-            return
-        state = {
-            "model": model,
-            "optimizer": optimizer,
-            "schedule": self.schedule.state_dict(),
-            "early_stopping": self.early_stopping.state_dict(),
-            **self._optimizer_step.state_dict(),
-            "random": of_main,
-            "random_of_ranks": of_others,
-            "loader": self._position,
-            "step": self.step,
-            "epochs_done": self.epochs_done,
-            "best_loss": self.best_loss,
-            "config": to_mapping(self.config),
-            "metadata": self._metadata,
-            "environment": environment(),
-        }
-        self.checkpoints.save(state, self.step, is_best=is_best)
+        state = self._state()
+        if state is not None:
+            self.checkpoints.save(state, self.step, is_best=is_best)
+
+    def _rehearse(self) -> None:
+        """Writes a checkpoint that nothing keeps: what would cost the first one is told before there is any."""
+        state, moment_bytes = self._state(), self._snapshot.moment_bytes()
+        with self.ranks.together():
+            for remark in self.checkpoints.rehearse(state, moment_bytes) if state is not None else ():
+                self._say(remark)
+
+    def _state(self) -> dict[str, Any] | None:
+        position = self.loaders.train.state_dict() if self._position is None else self._position
+        progress = {"step": self.step, "epochs_done": self.epochs_done, "best_loss": self.best_loss}
+        return self._snapshot.state({"loader": position, "metadata": self._metadata, **progress})

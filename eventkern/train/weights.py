@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import IO
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
 DTYPES = {
+    torch.complex64: "C64",
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -19,8 +20,31 @@ DTYPES = {
     torch.int16: "I16",
     torch.int8: "I8",
     torch.uint8: "U8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
     torch.bool: "BOOL",
 }
+
+
+def unwritable(weights: Mapping[str, Any]) -> str | None:
+    """Why safetensors cannot hold a state_dict, or None: a value that is no tensor, or a tensor of another kind."""
+    for name, value in weights.items():
+        if not isinstance(value, Tensor):
+            return f"weights[{name!r}] is of type {type(value).__name__}, but safetensors hold tensors alone"
+        if value.dtype not in DTYPES:
+            return (
+                f"weights[{name!r}] is of {value.dtype}, but safetensors are written of {', '.join(map(str, DTYPES))}"
+            )
+        if value.layout != torch.strided or value.is_meta:
+            return (
+                f"weights[{name!r}] is {value.layout} on {value.device}, but safetensors hold dense tensors with data"
+            )
+    return None
 
 
 def write_safetensors(weights: Mapping[str, Tensor], metadata: Mapping[str, str], file: IO[bytes]) -> None:
@@ -36,22 +60,22 @@ def write_safetensors(weights: Mapping[str, Tensor], metadata: Mapping[str, str]
         file: open for writing in binary.
 
     Raises:
-        TypeError: a dtype that the format or this writer does not know.
+        TypeError: a value that the format or this writer does not know, as `unwritable` tells.
 
     Source: huggingface/safetensors, README, "Format".
     """
+    if fault := unwritable(weights):
+        raise TypeError(fault)
     # Larger elements first, so that each tensor starts at a multiple of its element's size.
     ordered = sorted(weights.items(), key=lambda item: -item[1].element_size())
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for name, tensor in ordered:
-        if tensor.dtype not in DTYPES:
-            known = ", ".join(map(str, DTYPES))
-            raise TypeError(f"weights[{name!r}] is of {tensor.dtype}, but safetensors are written of {known}")
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
     for _, tensor in ordered:
-        file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        plain = tensor.detach().cpu().resolve_conj().resolve_neg()
+        file.write(plain.contiguous().reshape(-1).view(torch.uint8).numpy().data)

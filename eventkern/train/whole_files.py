@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -67,10 +67,16 @@ class _Counter(io.RawIOBase):
         return memoryview(data).nbytes
 
 
+def num_bytes(writers: Iterable[Callable[[IO[bytes]], object]]) -> int:
+    """The bytes that writers write, each given a file that cannot be read and only counts."""
+    counter: Any = _Counter()
+    for write in writers:
+        write(counter)
+    return int(counter.num_bytes)
+
+
 def _no_space(error: OSError, writers: Mapping[Path, Callable[[IO[bytes]], object]]) -> OSError:
     """The same error, with what would mend it."""
-    counter: Any = _Counter()
-    for write in writers.values():
-        write(counter)
     names = " and ".join(map(str, writers))
-    return no_space(error, names, counter.num_bytes, next(iter(writers)).parent, "earlier files are as they were")
+    folder = next(iter(writers)).parent
+    return no_space(error, names, num_bytes(writers.values()), folder, "earlier files are as they were")

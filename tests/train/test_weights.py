@@ -48,6 +48,18 @@ def test_shared_weights_are_there_under_every_name() -> None:
     assert torch.equal(other[1].weight, model[0].weight)
 
 
-def test_another_dtype_is_named() -> None:
-    with pytest.raises(TypeError, match=r"weights\['w'\] is of torch.complex64, but safetensors are written of torch"):
-        written({"w": torch.zeros(2, dtype=torch.complex64)})
+def test_what_the_format_does_not_hold_is_named() -> None:
+    for value, told in (
+        (torch.zeros(2, dtype=torch.complex128), "is of torch.complex128, but safetensors are written of torch"),
+        (torch.zeros(2, 2).to_sparse(), r"is torch.sparse_coo on cpu, but safetensors hold dense tensors with data"),
+        (torch.zeros(2, device="meta"), r"is torch.strided on meta, but safetensors hold dense tensors with data"),
+        ({"scale": 2.0}, "is of type dict, but safetensors hold tensors alone"),
+    ):
+        with pytest.raises(TypeError, match=rf"weights\['w'\] {told}"):
+            written({"v": torch.zeros(1), "w": value})
+
+
+def test_a_conjugate_is_written_as_its_numbers() -> None:
+    values = torch.tensor([1 + 2j, 3 - 4j])
+    assert torch.equal(load(written({"w": values.conj()}))["w"], torch.tensor([1 - 2j, 3 + 4j]))
+    assert torch.equal(load(written({"w": values.conj().imag}))["w"], torch.tensor([-2.0, 4.0]))
