@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from eventkern.data import zones
 from eventkern.data.schema import DataError
 
 HAS_ZONE = r"[T ]\d{2}.*(Z|[+-]\d{2}(:?\d{2})?)$"
@@ -40,8 +41,9 @@ class Times:
 def read_times(array: pa.Array, timezone: str) -> Times:
     """Read timestamps, dates, or ISO 8601 text.
 
-    Values without a zone are wall-clock times in `timezone`; of two instants with one wall clock (the hour that is
-    repeated in autumn) the earlier is meant, and a time that the clock leaps over stands for the end of the leap.
+    Values without a zone are wall-clock times in `timezone`: of the hour that is repeated in autumn the first, and one
+    that the clock leaps over moves forward by the leap (`eventkern.data.zones`). The wall clock is that of the instant.
+    A time whose instant or wall clock 64 bits of nanoseconds do not hold, or hold as no time at all, is bad.
     """
     array = _plain(array)
     if pa.types.is_timestamp(array.type):
@@ -112,6 +114,16 @@ def nanoseconds(instants: pa.Array) -> NDArray[np.int64]:
     return np.asarray(instants.cast(pa.int64()).to_numpy(zero_copy_only=False))
 
 
+def shown(array: pa.Array, row: int) -> str | None:
+    """A value as a complaint names it, None where it is null. (Python has no time beyond the year 9999; Arrow has.)"""
+    value = array[row]
+    if pa.types.is_dictionary(value.type):
+        value = value.value
+    if not value.is_valid:
+        return None
+    return str(value.cast(pa.string()).as_py() if pa.types.is_temporal(value.type) else value.as_py())
+
+
 def _plain(array: pa.Array, verbatim: bool = False) -> pa.Array:
     """Without dictionaries, of one text type, and with null for empty text; trimmed, and NA null, unless verbatim."""
     if pa.types.is_dictionary(array.type):
@@ -142,10 +154,17 @@ def _filled(array: pa.Array) -> NDArray[np.int16]:
 
 
 def _localized(times: pa.Array, bad: list[int], timezone: str) -> Times:
-    if times.type.tz is None:
-        instants = pc.assume_timezone(times, timezone, ambiguous="earliest", nonexistent="latest")
-        return Times(instants.cast(INSTANT), times, bad)
-    return Times(times, pc.local_timestamp(times.cast(pa.timestamp("ns", timezone))), bad)
+    absent = times.is_null().to_numpy(zero_copy_only=False)
+    given = times.cast(pa.int64()).fill_null(0).to_numpy()
+    instants, outside = (given, np.zeros(len(given), bool)) if times.type.tz else zones.to_instants(given, timezone)
+    wall, is_wall_outside = zones.to_wall(instants, timezone)
+    outside = (outside | is_wall_outside) & ~absent
+    absent = absent | outside
+    return Times(
+        pa.array(instants, mask=absent).cast(INSTANT),
+        pa.array(wall, mask=absent).cast(WALL_CLOCK),
+        sorted(bad + np.flatnonzero(outside).tolist()),
+    )
 
 
 def _cast_each(array: pa.Array, target: Any) -> tuple[pa.Array, list[int]]:

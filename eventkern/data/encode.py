@@ -21,7 +21,7 @@ from eventkern.data.vocabulary import MISSING_CLASS, Classes, fit_bins, fit_fixe
 from eventkern.disk import wanting, write_all
 
 OOV_SIZES = (100, 1000, 4096)
-NEVER = np.iinfo(np.int64).min
+NEVER, MOST = np.iinfo(np.int64).min, np.iinfo(np.int64).max
 
 
 def write_binary(
@@ -214,7 +214,10 @@ def _write_index(
 def _since_previous(
     keys: NDArray[np.int32], timestamps: NDArray[np.int64], last_seen: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Nanoseconds since the previous event of each row's key, -1 where there is none; `last_seen` moves on."""
+    """Nanoseconds since the previous event of each row's key, -1 where there is none; `last_seen` moves on.
+
+    More than int64 holds (292 years) reads as the most that it holds.
+    """
     rows = np.argsort(keys, kind="stable")
     rows = rows[np.count_nonzero(keys < 0) :]
     entities, times = keys[rows], timestamps[rows]
@@ -222,6 +225,7 @@ def _since_previous(
     previous = np.where(is_first, last_seen[entities], np.roll(times, 1))
     since = np.full(len(keys), -1, np.int64)
     seen_before = previous != NEVER
-    since[rows[seen_before]] = times[seen_before] - previous[seen_before]
+    passed = times[seen_before] - previous[seen_before]
+    since[rows[seen_before]] = np.where(passed < 0, MOST, passed)  # rows are in time order, so what is negative wrapped
     last_seen[entities] = times  # of equal indices the last assignment, the latest, stays
     return since

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 
+from eventkern.data.columns import read_times
 from eventkern.data.schema import DataError
 
 TIMEZONE = "America/New_York"
@@ -70,7 +71,8 @@ def derive(flights: pa.Table) -> pa.Table:
         carrier, flight, tail_number, origin, destination, distance   as in the source; a missing tail number is null
         scheduled_departure  instant; its day, weekday, hour and minute are those of New York
         scheduled_arrival    wall clock where it lands (the source gives no zone), on the next day where the clock shows
-                             less than at departure; a naive time, of which only fields are read
+                             less than at departure; a naive time, of which only fields are read. One that New York's
+                             clock leaps over (02:42 in San Juan on March 10) is put a day earlier, to keep its hour
         departure            instant, null for a cancelled flight
         departure_delay, arrival_delay, air_time    minutes, null where missing
     """
@@ -78,8 +80,10 @@ def derive(flights: pa.Table) -> pa.Table:
     arrives = _wall_clock(flights, "sched_arr_time")
     overnight = pc.less(flights["sched_arr_time"], flights["sched_dep_time"])
     arrives = pc.if_else(overnight, _plus_minutes(arrives, pa.scalar(24 * 60)), arrives)
-    scheduled = pc.assume_timezone(departs, TIMEZONE, ambiguous="earliest", nonexistent="latest")
-    scheduled = scheduled.cast(pa.timestamp("s", "UTC"))
+    as_read = read_times(arrives.combine_chunks(), TIMEZONE).wall
+    is_leapt_over = pc.not_equal(as_read, arrives.cast(as_read.type))
+    arrives = pc.if_else(is_leapt_over, _plus_minutes(arrives, pa.scalar(-24 * 60)), arrives)
+    scheduled = read_times(departs.combine_chunks(), TIMEZONE).instants.cast(pa.timestamp("s", "UTC"))
 
     departure = _plus_minutes(scheduled, flights["dep_delay"])
     landed = _plus_minutes(departure, pc.add(flights["air_time"], MINUTES_AFTER_LANDING))

@@ -148,8 +148,8 @@ def _ingest_batch(batch: Batch, schema: Schema, ingested: Ingested, file: Source
     for name, category, values, bad, wanted in _read_columns(batch.columns, schema, file):
         column = category.column if category else schema.timestamp
         for row in bad:
-            value = batch.columns.column(column)[row].as_py()
-            held = "is missing, so it is" if value in (None, "") else f"holds {str(value)[:60]!r}, which is"
+            value = read.shown(batch.columns.column(column), row)
+            held = "is missing, so it is" if value in (None, "") else f"holds {value[:60]!r}, which is"
             complaints.setdefault(row, f"column {column!r} {held} {MENDS[wanted]}")
         raw[name] = values
     keep = np.ones(batch.columns.num_rows, bool)

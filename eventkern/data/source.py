@@ -12,6 +12,7 @@ import pyarrow.parquet
 from numpy.typing import NDArray
 
 from eventkern.data.csv_records import CsvRecords
+from eventkern.data.int96 import int96_columns, unwrapped
 from eventkern.data.schema import DataError
 from eventkern.data.text import readable_text
 
@@ -131,7 +132,10 @@ class SourceFile:
             self.path, buffer_size=1 << 16, pre_buffer=False, page_checksum_verification=True
         ) as file:
             rows, num_rows = 0, file.metadata.num_rows
-            for columns in file.iter_batches(BATCH_ROWS, columns=list(self.columns), use_threads=False):
+            batches = file.iter_batches(BATCH_ROWS, columns=list(self.columns), use_threads=False)
+            if int96 := [column for column in int96_columns(file) if column in self.columns]:
+                batches = unwrapped(batches, self.path, int96, BATCH_ROWS)
+            for columns in batches:
                 places = np.arange(rows + 1, rows + columns.num_rows + 1)
                 rows += columns.num_rows
                 self.share_read = rows / num_rows

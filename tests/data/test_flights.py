@@ -89,6 +89,14 @@ def test_calendar_columns() -> None:
     assert derived(day=31, sched_dep_time=2400)["scheduled_departure"] == "02-01 05:00"
 
 
+def test_where_a_flight_lands_the_clock_need_not_leap_with_new_york_s() -> None:
+    spring = {"month": 3, "day": 9, "sched_dep_time": 2155}
+    landing = derived(**spring, sched_arr_time=242)["scheduled_arrival"]
+    assert landing == "03-09 02:42"  # not the 10th, on which New York has no 02:42 and would read 03:42
+    assert derived(**spring, sched_arr_time=342)["scheduled_arrival"] == "03-10 03:42"
+    assert derived(**{**spring, "day": 10}, sched_arr_time=242)["scheduled_arrival"] == "03-11 02:42"
+
+
 def test_a_missing_tail_number_stays_missing() -> None:
     assert derived(tailnum=None)["tail_number"] is None
 

@@ -169,7 +169,7 @@ def test_elapsed_counts_from_the_key_s_previous_event(
         ("2023-07-01T09:00", "2023-07-01T13:00", "9"),
         ("2023-11-05T01:30", "2023-11-05T05:30", "1"),  # the hour that summer time repeats: the first
         ("2023-11-05T06:30Z", "2023-11-05T06:30", "1"),
-        ("2023-03-12T02:30", "2023-03-12T07:00", "2"),  # the hour that it leaps over: the end of the leap
+        ("2023-03-12T02:30", "2023-03-12T07:30", "3"),  # the hour that it leaps over: an hour later
     ],
 )
 def test_timestamps_with_and_without_zone(
