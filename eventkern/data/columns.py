@@ -19,6 +19,9 @@ NULL_TEXTS = ("", "NA", "NaN", "null")
 
 FALSE_TEXTS = ("0", "false", "no", "0.0")
 TRUE_TEXTS = ("1", "true", "yes", "1.0")
+FLOAT_TEXT = r"^-?[0-9]+\.0$|^-?[0-9](\.[0-9]+)?e[+-][0-9]{2,3}$|^-0$|^True$|^False$"
+"""An identifier that a writer of floats or of Python's booleans has been at."""
+
 WALL_CLOCK = pa.timestamp("ns")
 INSTANT = pa.timestamp("ns", "UTC")
 
@@ -96,11 +99,36 @@ def read_flags(array: pa.Array) -> tuple[NDArray[np.int16], list[int]]:
 
 
 def read_identifiers(array: pa.Array) -> pa.Array:
-    """Identifiers as text, null where missing; an integer reads the same from an integer and from a float column."""
+    """Identifiers as text, null where missing; an integer reads the same from an integer and from a float column.
+
+    `canonical` makes one form of them, which the distinct values alone need.
+    """
     array = _plain(array, verbatim=True)
     if pa.types.is_nested(array.type):
         raise DataError(f"holds {array.type}; give integers or text")
     return _identifier_text(array)
+
+
+def canonical(texts: pa.Array) -> pa.Array:
+    """Identifiers in one form, whatever wrote them: of a column that a missing value made one of floats, 310 is "310.0"
+    in CSV by pandas, and 1e5 is "1e+05" in R's, while Parquet's read "310" and "100000".
+
+    `-?[0-9]+\\.0` loses its ".0"; a float with an exponent ("1e+10", "1e-05") reads as a column of floats reads it; -0
+    is 0; True and False are true and false. All else stays: "007", "310.00", "1E5", "310.5".
+
+    Args:
+        texts: string array, null where missing.
+    """
+    if not pc.any(pc.match_substring_regex(texts, FLOAT_TEXT)).as_py():
+        return texts
+    absent = pa.scalar(None, pa.string())
+    whole = pc.replace_substring_regex(texts, r"^(-?[0-9]+)\.0$", r"\1")
+    has_exponent = pc.match_substring_regex(texts, r"^-?[0-9](\.[0-9]+)?e[+-][0-9]{2,3}$")
+    numbers = pc.if_else(has_exponent, texts, absent).cast(pa.float64())
+    numbers = pc.if_else(pc.is_finite(numbers), numbers, pa.scalar(None, pa.float64()))
+    texts = pc.coalesce(_identifier_text(numbers), whole)
+    written = pc.index_in(texts, pa.array(["-0", "True", "False"]))
+    return pc.coalesce(pa.array(["0", "true", "false"]).take(written), texts)
 
 
 def field_of(wall: pa.Array, name: str) -> NDArray[np.int16]:

@@ -21,13 +21,19 @@ from eventkern.data.vocabulary import MISSING_CLASS, Classes, fit_bins, fit_fixe
 from eventkern.disk import wanting, write_all
 
 OOV_SIZES = (100, 1000, 4096)
+UNKNOWN_SHARE = 0.5
+"""A category is warned of when more of its values are out of vocabulary."""
+MOST_UNKNOWN = 5
+
 NEVER, MOST = np.iinfo(np.int64).min, np.iinfo(np.int64).max
 
 
 def write_binary(
     ingested: Ingested, schema: Schema, file: Path, watch: Watch, like: EventStore | None = None
-) -> dict[str, Any]:
-    """Write store.bin, and return what store.json tells of it; the classes are those of the store `like`, else fitted.
+) -> tuple[dict[str, Any], list[str]]:
+    """Write store.bin, and return what store.json tells of it, and the categories of which little is known, in words.
+
+    The classes are those of the store `like`, else fitted.
 
     Raises:
         DataError: no row lies after the split, or, where classes are to be fitted, none before it.
@@ -62,7 +68,7 @@ def write_binary(
     at = {section.name: section.offset for section in sections}
     foreseen = partial(int, ingested.spill.num_bytes + num_bytes)
     with wanting(foreseen), file.open("wb", buffering=0) as binary:
-        rates = _write_rows(ingested, schema, classes, binary, at, split_row, partial(watch, "encoding"))
+        rates, unknown = _write_rows(ingested, schema, classes, binary, at, split_row, partial(watch, "encoding"))
         for entity, counts in entity_counts.items():
             _write_index(ingested, entity, counts, binary, at)
         binary.truncate(num_bytes)
@@ -85,7 +91,8 @@ def write_binary(
         "categories": [{**fitted.to_dict(), **rate} for fitted, rate in zip(classes, rates, strict=True)],
     }
     info["checksum"] = {"sizes": sizes_checksum(info), "store.bin": file_checksum(file)}
-    return info
+    shares = [(rate["oov"]["full"], share) for rate, share in zip(rates, unknown, strict=True)]
+    return info, _warnings(ingested, classes, shares, split_row)
 
 
 def _training_rows(ingested: Ingested, schema: Schema, needs_training: bool) -> NDArray[np.bool_]:
@@ -164,12 +171,17 @@ def _write_rows(
     at: dict[str, int],
     split_row: int,
     advance: Advance,
-) -> list[dict[str, Any]]:
-    """Write what each row has a value for, block by block; returns how often each category misses or knows no value."""
+) -> tuple[list[dict[str, Any]], list[float]]:
+    """Write what each row has a value for, block by block.
+
+    Returns:
+        How often each category misses or knows no value, and of how many of the table's values it knows none.
+    """
     spill, dtype = ingested.spill, np.dtype(code_dtype(tuple(fitted.size for fitted in classes)))
     last_seen = np.full(len(ingested.values[schema.key].numbers), NEVER)
     missing = np.zeros(len(classes), np.int64)
     missing_validation = np.zeros(len(classes), np.int64)
+    without_class = np.zeros(len(classes), np.int64)
     histograms = [np.zeros(fitted.size, np.int64) for fitted in classes]
 
     for block in blocks(ingested.num_events):
@@ -185,6 +197,7 @@ def _write_rows(
             codes[:, number] = fitted.encode(values)
             absent = np.isnan(values) if fitted.edges is not None else values < 0
             missing[number] += np.count_nonzero(absent)
+            without_class[number] += np.count_nonzero(codes[:, number] == MISSING_CLASS)
             missing_validation[number] += np.count_nonzero(absent[validation])
             histograms[number] += np.bincount(codes[validation, number], minlength=fitted.size)
         _write_at(binary, at["codes"] + block.start * codes[:1].nbytes, codes)
@@ -198,7 +211,35 @@ def _write_rows(
         oov = {str(size): float(unknown + histogram[size:].sum() * is_cut) / present for size in OOV_SIZES}
         oov["full"] = float(unknown) / present
         rates.append({"missing": float(missing[number]) / ingested.num_events, "oov": oov})
-    return rates
+    unknown_shares = (without_class - missing) / np.maximum(ingested.num_events - missing, 1)
+    return rates, unknown_shares.tolist()
+
+
+def _warnings(
+    ingested: Ingested, classes: list[Classes], shares: list[tuple[float, float]], split_row: int
+) -> list[str]:
+    """A line for each category that knows less than half of the values after the split, or of the table."""
+    lines = []
+    for fitted, (after_split, of_all) in zip(classes, shares, strict=True):
+        if max(after_split, of_all) <= UNKNOWN_SHARE:
+            continue
+        name, is_after = fitted.category.name, after_split > UNKNOWN_SHARE
+        counts = np.zeros(1, np.int64)
+        for block in blocks(ingested.num_events):
+            raw = ingested.spill.read(name, block)[max(split_row - block.start, 0) if is_after else 0 :]
+            seen = np.bincount(raw[(fitted.encode(raw) == MISSING_CLASS) & (raw >= 0)], minlength=len(counts))
+            seen[: len(counts)] += counts
+            counts = seen
+        values = list(ingested.values[name].numbers) if name in ingested.values else range(len(counts))
+        commonest = np.argsort(-counts, kind="stable")[: min(MOST_UNKNOWN, np.count_nonzero(counts))]
+        told = ", ".join(f"{str(values[number])[:60]!r} ({counts[number]:,})" for number in commonest)
+        known = ", ".join(repr(value[:60]) for value in fitted.values[:MOST_UNKNOWN]) or "none"
+        lines.append(
+            f"{name}: {100 * (after_split if is_after else of_all):.1f} % of its values "
+            f"{'after the split' if is_after else 'in the table'} are out of vocabulary; the commonest of them are "
+            f"{told}; it knows {known}{', ...' * (len(fitted.values) > MOST_UNKNOWN)}"
+        )
+    return lines
 
 
 def _write_index(

@@ -26,7 +26,7 @@ from eventkern.data.ingest import Spill, ingest
 from eventkern.data.report import PrepareReport, progress_bar
 from eventkern.data.schema import DataError, Schema
 from eventkern.data.source import source_files
-from eventkern.data.store import FORMAT, EventStore, floor_key
+from eventkern.data.store import FORMAT, IDENTIFIER_FORM, EventStore, floor_key
 from eventkern.disk import NO_SPACE, NoSpaceError, flush, no_space
 
 Floor = Mapping[int, Sequence[float]] | Callable[[EventStore], Mapping[int, Sequence[float]]]
@@ -48,7 +48,8 @@ def prepare(
 
     Rows are ordered by (timestamp, source row). Vocabularies and bin edges see the rows before the split only; the
     years of a `year` category are those of the whole table. A value is missing where it is null or an empty text; for
-    numbers, flags and times also where the text is NA, NaN or null, which an `id` may really be called.
+    numbers, flags and times also where the text is NA, NaN or null, which an `id` may really be called. Identifiers
+    have one form, whatever wrote them: 310 is "310" of integers, of floats, and of the text "310.0".
 
     Args:
         source: a CSV file, a Parquet file, or a folder of either.
@@ -63,6 +64,7 @@ def prepare(
         name: what store.json calls the source; its path unless given.
         like: take the classes of this store (values, bin edges, years) instead of fitting them, so that a model of it
             reads the new one: values that it does not know are out of vocabulary, and no row need lie before the split.
+            Identifiers are written as that store has them, which may be older than the one form.
 
     Returns:
         What was done.
@@ -79,13 +81,19 @@ def prepare(
         raise DataError(
             f"{like.path}: its categories or time zone are not those of schema {schema.name!r}; give a store of those"
         )
+    form = IDENTIFIER_FORM if like is None else like.info.get("identifier_form", 0)
+    if form not in range(IDENTIFIER_FORM + 1):
+        raise DataError(
+            f"{like.path if like else out}: key 'identifier_form' is {form!r}, and this eventkern writes forms up to "
+            f"{IDENTIFIER_FORM}: take the eventkern that the store was prepared with"
+        )
     started = time.perf_counter()
     files = source_files(source, schema.columns)
     with on_a_disk_with_room(Path(out)), _published(Path(out), overwrite) as folder, progress_bar(progress) as watch:
         spill = Spill(folder / "spill")
         try:
-            ingested = ingest(files, schema, spill, on_error, partial(watch, "reading"))
-            info = write_binary(ingested, schema, folder / "store.bin", watch, like)
+            ingested = ingest(files, schema, spill, on_error, partial(watch, "reading"), form)
+            info, warnings = write_binary(ingested, schema, folder / "store.bin", watch, like)
         finally:
             spill.close()
         shutil.rmtree(folder / "spill")
@@ -96,6 +104,7 @@ def prepare(
             "format": FORMAT,
             "eventkern_version": metadata.version("eventkern"),
             "source": name or str(source),
+            "identifier_form": form,
             **info,
         }
         _write_info(folder, info)
@@ -103,7 +112,8 @@ def prepare(
             floors = floor(EventStore.open(folder)) if callable(floor) else floor
             info["floor"] = _checked_floor(floors, info)
             _write_info(folder, info)
-    return PrepareReport(Path(out), info, tuple(ingested.skipped.listed), time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return PrepareReport(Path(out), info, tuple(ingested.skipped.listed), seconds, tuple(warnings))
 
 
 @contextmanager

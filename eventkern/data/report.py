@@ -22,12 +22,14 @@ class PrepareReport:
         info: the content of its store.json.
         skipped: the first rows left out, each with its place and why.
         seconds: time taken.
+        warnings: categories of which most values are out of vocabulary, with the commonest of those.
     """
 
     path: Path
     info: dict[str, Any]
     skipped: tuple[str, ...]
     seconds: float
+    warnings: tuple[str, ...] = ()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich import box
@@ -57,6 +59,8 @@ class PrepareReport:
             f"{counts['training']:,} events before {info['split']['time']} train, {counts['validation']:,} validate; "
             f"{counts['keys']:,} keys ({info['schema']['key']}), {counts['keyless_rows']:,} events without one"
         )
+        for line in self.warnings:
+            yield Text(f"warning: {line}", style="yellow")
         for line in self.skipped:
             yield Text(f"skipped: {line}")
         if counts["rows_skipped"] > len(self.skipped):

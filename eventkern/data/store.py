@@ -34,6 +34,10 @@ from eventkern.data.store_layout import classes_fault, layout_fault
 
 FORMAT = "eventkern event store"
 FORMAT_VERSION = 1
+IDENTIFIER_FORM = 1
+"""How the values of `id` categories are written: 1 as `columns.canonical` has them; 0, where store.json tells no form,
+as each source has them. A store that is made like another has its form, else it would not know its values."""
+
 BLOCK_ROWS = 1 << 14
 CHECKED_AT_OPEN_BYTES = 1 << 28
 """A store.bin up to this size (256 MiB, a quarter of a second) is read whole when it opens; `verify=True` reads any."""

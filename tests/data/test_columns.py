@@ -1,6 +1,7 @@
-"""Columns read as times: whatever the type, a time is right or it is bad."""
+"""Columns read as times and identifiers: whatever the type, a time is right or bad, and an identifier has one form."""
 
 import datetime
+import decimal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from eventkern.data.columns import field_of, nanoseconds, read_times
+from eventkern.data.columns import canonical, field_of, nanoseconds, read_identifiers, read_times
 from eventkern.data.prepare import prepare
 from eventkern.data.schema import Category, DataError, Schema, Stream
 from eventkern.data.store import EventStore
@@ -112,3 +113,65 @@ def test_timestamp_fields_and_split_read_one_instant(
         assert tuple(int(field_of(times.wall, name)[0]) for name in ("year", "day", "hour", "minute")) == fields
         told = read_times(times.instants, zone)  # as one with a zone reads
         assert told.wall.equals(times.wall)
+
+
+@pytest.mark.parametrize(
+    ("form", "columns"),
+    [
+        (["310", "20", None], [["310.0", "20.0", ""], ["310", "20", None], [310.0, 20.0, None], [310, 20, None]]),
+        (["310", "-7"], [[decimal.Decimal("310.0"), decimal.Decimal("-7.0")], ["310", "-7.0"]]),
+        (["310.00"], [["310.00"], [decimal.Decimal("310.00")]]),
+        (["310.5", "0.1"], [["310.5", "0.1"], [310.5, 0.1]]),
+        (["0", "0"], [["-0.0", "-0"], [-0.0, 0.0], [0, 0]]),
+        (["10000000000000000", "1e+20"], [["1e+16", "1e+20"], [1e16, 1e20]]),
+        (["123456789012345680"], [["1.2345678901234568e+17"], [1.2345678901234568e17], [123456789012345680]]),
+        (["100000", "0.00001", "1.5e-7"], [["1e+05", "1e-05", "1.5e-07"], [1e5, 1e-5, 1.5e-7]]),
+        (["9007199254740992"], [["9.007199254740992e+15"], ["9007199254740992.0"], [2.0**53], [2**53]]),
+        (["true", "false"], [["True", "False"], ["true", "false"], [True, False]]),
+        (
+            ["007", "1E5", "1e5", "12e+5", "1.0.0", ".0", "x.0", "1e+999", "5.0\n", "TRUE", "+3.0", "N1.0"],
+            [["007", "1E5", "1e5", "12e+5", "1.0.0", ".0", "x.0", "1e+999", "5.0\n", "TRUE", "+3.0", "N1.0"]],
+        ),
+        (["007", "007"], [["007.0", "007"]]),
+    ],
+)
+def test_an_identifier_has_one_form_from_every_source(form: list[str | None], columns: list[list[Any]]) -> None:
+    for values in columns:
+        for array in (pa.array(values), pa.array(values).dictionary_encode()):
+            assert canonical(read_identifiers(array)).to_pylist() == form
+    assert canonical(pa.array(form)).to_pylist() == form  # what has the form keeps it
+
+
+def test_one_table_makes_one_store_as_csv_and_as_parquet(tmp_path: Path, schema: Schema) -> None:
+    """Keys, entities and categories alike; pandas writes integers beside missing values as floats."""
+    categories = (*schema.categories, Category("wind_dir", "id"))
+    schema = replace(schema, categories=categories, streams=(Stream("mine", "who"), Stream("wind", "wind_dir")))
+    winds = [310, 20, None, 310, 20, 40]
+    at = [datetime.datetime(2024, 1, 1, hour) for hour in (8, 9, 10, 11, 13, 14)]
+    columns: dict[str, Any] = {"at": pa.array(at, pa.timestamp("us")), "birth": pa.array(at, pa.timestamp("us"))}
+    floats = pa.array(winds, pa.float64())
+    tables = {
+        "integers": pa.table({**columns, "who": pa.array([7, 8, 7, None, 7, 8]), "wind_dir": pa.array(winds)}),
+        "floats": pa.table({**columns, "who": pa.array([7.0, 8, 7, None, 7, 8]), "wind_dir": floats}),
+        "coded": pa.table({**columns, "who": pa.array([7, 8, 7, None, 7, 8]), "wind_dir": floats.dictionary_encode()}),
+    }
+    sources = []
+    for name, table in tables.items():
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+        sources.append(tmp_path / f"{name}.parquet")
+    texts = [
+        ["" if value is None else f"{value:.1f}" for value in tables["floats"][name].to_pylist()]
+        for name in ("who", "wind_dir")
+    ]
+    lines = [f"{time.isoformat()},{time.isoformat()},{who},{wind}" for time, who, wind in zip(at, *texts, strict=True)]
+    sources.append(tmp_path / "text.csv")
+    sources[-1].write_text("\n".join(["at,birth,who,wind_dir", *lines]) + "\n")
+    for source in sources:
+        prepare(source, schema, tmp_path / source.stem)
+    first, *others = (EventStore.open(tmp_path / source.stem) for source in sources)
+    assert first.info["categories"][0]["values"] == ["7", "8"]
+    assert first.info["categories"][3]["values"] == ["310", "20"]
+    assert first.info["identifier_form"] == 1
+    for other in others:
+        assert (other.path / "store.bin").read_bytes() == (first.path / "store.bin").read_bytes()
+        assert other.info["categories"] == first.info["categories"]
