@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ NULL_TEXTS = ("", "NA", "NaN", "null")
 
 FALSE_TEXTS = ("0", "false", "no", "0.0")
 TRUE_TEXTS = ("1", "true", "yes", "1.0")
-FLOAT_TEXT = r"^-?[0-9]+\.0$|^-?[0-9](\.[0-9]+)?e[+-][0-9]{2,3}$|^-0$|^True$|^False$"
+FLOAT_TEXT = re.compile(r"(?P<whole>-?[0-9]+)\.0|-?[0-9](\.[0-9]+)?(?P<exponent>e[+-][0-9]{2,3})|-0|True|False")
 """An identifier that a writer of floats or of Python's booleans has been at."""
 
 WALL_CLOCK = pa.timestamp("ns")
@@ -58,6 +59,8 @@ def read_times(array: pa.Array, timezone: str) -> Times:
     zoned = pc.match_substring_regex(array, HAS_ZONE)
     if not pc.any(zoned).as_py():
         return _localized(*_cast_each(array, WALL_CLOCK), timezone)
+    if pc.all(zoned).as_py():
+        return _localized(*_cast_each(array, INSTANT), timezone)
     absent = pa.scalar(None, pa.string())
     with_zone = _localized(*_cast_each(pc.if_else(zoned, array, absent), INSTANT), timezone)
     without = _localized(*_cast_each(pc.if_else(zoned, absent, array), WALL_CLOCK), timezone)
@@ -101,7 +104,7 @@ def read_flags(array: pa.Array) -> tuple[NDArray[np.int16], list[int]]:
 def read_identifiers(array: pa.Array) -> pa.Array:
     """Identifiers as text, null where missing; an integer reads the same from an integer and from a float column.
 
-    `canonical` makes one form of them, which the distinct values alone need.
+    `canonical` makes one form of each distinct one.
     """
     array = _plain(array, verbatim=True)
     if pa.types.is_nested(array.type):
@@ -109,26 +112,20 @@ def read_identifiers(array: pa.Array) -> pa.Array:
     return _identifier_text(array)
 
 
-def canonical(texts: pa.Array) -> pa.Array:
-    """Identifiers in one form, whatever wrote them: of a column that a missing value made one of floats, 310 is "310.0"
+def canonical(identifier: str) -> str:
+    """An identifier in one form, whatever wrote it: of a column that a missing value made one of floats, 310 is "310.0"
     in CSV by pandas, and 1e5 is "1e+05" in R's, while Parquet's read "310" and "100000".
 
     `-?[0-9]+\\.0` loses its ".0"; a float with an exponent ("1e+10", "1e-05") reads as a column of floats reads it; -0
     is 0; True and False are true and false. All else stays: "007", "310.00", "1E5", "310.5".
-
-    Args:
-        texts: string array, null where missing.
     """
-    if not pc.any(pc.match_substring_regex(texts, FLOAT_TEXT)).as_py():
-        return texts
-    absent = pa.scalar(None, pa.string())
-    whole = pc.replace_substring_regex(texts, r"^(-?[0-9]+)\.0$", r"\1")
-    has_exponent = pc.match_substring_regex(texts, r"^-?[0-9](\.[0-9]+)?e[+-][0-9]{2,3}$")
-    numbers = pc.if_else(has_exponent, texts, absent).cast(pa.float64())
-    numbers = pc.if_else(pc.is_finite(numbers), numbers, pa.scalar(None, pa.float64()))
-    texts = pc.coalesce(_identifier_text(numbers), whole)
-    written = pc.index_in(texts, pa.array(["-0", "True", "False"]))
-    return pc.coalesce(pa.array(["0", "true", "false"]).take(written), texts)
+    match = FLOAT_TEXT.fullmatch(identifier)
+    if match is None:
+        return identifier
+    if match["exponent"] and np.isfinite(float(identifier)):
+        return str(_identifier_text(pa.array([float(identifier)]))[0])
+    whole = match["whole"] or identifier
+    return {"-0": "0", "True": "true", "False": "false"}.get(whole, whole)
 
 
 def field_of(wall: pa.Array, name: str) -> NDArray[np.int16]:

@@ -87,7 +87,6 @@ class Ingested:
 
     Attributes:
         spill: `TIMESTAMP` (int64 nanoseconds, UTC) and raw numbers of each category but the elapsed, in source order.
-        identifier_form: how identifiers are written, as `store.IDENTIFIER_FORM` tells.
         num_events: rows kept.
         values: distinct values of each `id` category, by number.
         years: first and last year of each category that is one.
@@ -95,7 +94,6 @@ class Ingested:
     """
 
     spill: Spill
-    identifier_form: int
     num_events: int = 0
     values: dict[str, ValueNumbers] = field(default_factory=dict)
     years: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -110,15 +108,14 @@ def ingest(
     advance: Advance,
     identifier_form: int = IDENTIFIER_FORM,
 ) -> Ingested:
-    """Read every file once.
+    """Read every file once, identifiers in the form that `store.IDENTIFIER_FORM` tells of.
 
     Raises:
         DataError: the first row that cannot be read (unless on_error is "skip"), a column of a type that its category
             cannot read, or no row at all.
     """
-    ingested = Ingested(
-        spill, identifier_form, values={c.name: ValueNumbers() for c in schema.categories if c.kind == "id"}
-    )
+    form = read.canonical if identifier_form else str
+    ingested = Ingested(spill, values={c.name: ValueNumbers(form) for c in schema.categories if c.kind == "id"})
     total_bytes = sum(file.path.stat().st_size for file in files)
     done_bytes, num_rows = 0.0, 0
     for file in files:
@@ -172,7 +169,7 @@ def _ingest_batch(batch: Batch, schema: Schema, ingested: Ingested, file: Source
         if name == TIMESTAMP:
             numbers = read.nanoseconds(numbers)
         elif name in ingested.values:
-            numbers = _numbered(numbers, ingested.values[name], ingested.identifier_form)
+            numbers = _numbered(numbers, ingested.values[name])
         elif schema.category(name).field == "year" and (numbers >= 0).any():
             seen = numbers[numbers >= 0]
             first, last = ingested.years.get(name, (int(seen.min()), int(seen.max())))
@@ -222,9 +219,8 @@ def _told(error: Exception, schema: Schema) -> str:
     return f"is not readable ({reason}); write it as text"
 
 
-def _numbered(identifiers: pa.Array, values: ValueNumbers, form: int) -> NDArray[np.int32]:
+def _numbered(identifiers: pa.Array, values: ValueNumbers) -> NDArray[np.int32]:
     """The number of each identifier, -1 where missing."""
     encoded = identifiers.dictionary_encode()
-    distinct = read.canonical(encoded.dictionary) if form else encoded.dictionary
-    numbers = np.append(values.add(distinct.to_pylist()), np.int32(-1))
+    numbers = np.append(values.add(encoded.dictionary.to_pylist()), np.int32(-1))
     return np.asarray(numbers[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,14 +18,31 @@ WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", 
 
 @dataclass
 class ValueNumbers:
-    """Numbers the distinct values of an identifier column in the order of their first appearance."""
+    """Numbers the distinct values of an identifier column in the order of their first appearance.
 
+    Attributes:
+        form: what a value is written as; a value in its form stays as it is.
+        numbers: of each value in its form.
+    """
+
+    form: Callable[[str], str] = str
     numbers: dict[str, int] = field(default_factory=dict)
+    _others: dict[str, int] = field(default_factory=dict)
 
     def add(self, values: Iterable[str]) -> NDArray[np.int32]:
         """The number of each value, new ones included."""
         numbers = self.numbers
-        return np.array([numbers.setdefault(value, len(numbers)) for value in values], np.int32)
+        return np.array([numbers[value] if value in numbers else self._number(value) for value in values], np.int32)
+
+    def _number(self, value: str) -> int:
+        """The number of a value that is new, or not in its form."""
+        if value not in self._others:
+            written = self.form(value)
+            number = self.numbers.setdefault(written, len(self.numbers))
+            if written == value:
+                return number
+            self._others[value] = number
+        return self._others[value]
 
 
 @dataclass(frozen=True)
