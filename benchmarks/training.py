@@ -1,11 +1,14 @@
 """The training step that benchmarks and profiles run: a shipped configuration on random events of its shapes."""
 
+import argparse
 import itertools
 import json
-from collections.abc import Callable, Iterator
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +17,7 @@ import eventkern
 from eventkern.data import EventBatch, EventLoader, Schema
 from eventkern.models import EventTransformer, EventTransformerConfig
 from eventkern.models.event_transformer import EventBatchLike
+from eventkern.train.config import ConfigError, did_you_mean
 from profiling.roofline import Work
 
 CONFIGS = Path(eventkern.__file__).parent / "configs"
@@ -30,9 +34,32 @@ class Shapes:
 
     @classmethod
     def load(cls, config: str | Path) -> "Shapes":
-        """Read a JSON configuration: a path, else a name in eventkern/configs. The schema is `notes17`."""
-        path = Path(config) if Path(config).exists() else CONFIGS / Path(config).with_suffix(".json")
-        values = json.loads(path.read_text())
+        """Read a configuration: the path of a TOML or JSON file, else a name in eventkern/configs.
+
+        The schema is `notes17` whatever the configuration's store: 17 categories of id_category_size classes each.
+
+        Raises:
+            ConfigError: no such file or name, or a file that is no configuration; it names the file and the fault.
+        """
+        candidates = [Path(config), *(CONFIGS / f"{config}{suffix}" for suffix in ("", ".toml", ".json"))]
+        path = next((path for path in candidates if path.is_file()), None)
+        if path is None:
+            names = sorted(path.stem for path in CONFIGS.iterdir())
+            meant = did_you_mean(str(config), names)
+            raise ConfigError(
+                f"{config}: no such configuration file or name{meant or ';'} There are {', '.join(names)}"
+            )
+        try:
+            text = path.read_text(encoding="utf-8")
+            return cls.of(json.loads(text) if path.suffix == ".json" else tomllib.loads(text))
+        except KeyError as error:
+            raise ConfigError(f"{path}: key {error} is missing; add it") from error
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{path}: is no configuration: {error}") from error
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "Shapes":
+        """The shapes that a configuration's keys and values give."""
         schema = Schema.load(SCHEMA)
         names = schema.category_names
         model = EventTransformerConfig(
@@ -41,6 +68,7 @@ class Shapes:
             num_streams=len(schema.streams),
             src_seq_len=values["src_seq_len"],
             tgt_seq_len=values["tgt_seq_len"],
+            dropout=values.get("dropout", 0.0),
             **values["model"],
         )
         return cls(model, values["batch_size"])
@@ -49,6 +77,15 @@ class Shapes:
     def num_events(self) -> int:
         """Events a step predicts."""
         return self.batch_size * self.model.tgt_seq_len
+
+
+def config_name(name: str) -> str:
+    """For argparse: the name of a configuration that `Shapes.load` reads."""
+    try:
+        Shapes.load(name)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return name
 
 
 @dataclass(frozen=True)

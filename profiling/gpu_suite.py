@@ -27,6 +27,7 @@ from typing import Literal
 import torch
 
 from benchmarks.environment import ROOT, environment, hardware_slug
+from eventkern.train.termination import ending_quietly
 
 Outcome = Literal["passed", "failed", "timed out", "not run"]
 NO_GPU = 3
@@ -170,4 +171,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ending_quietly(main))

@@ -22,7 +22,8 @@ import torch
 from benchmarks.environment import environment
 from benchmarks.studies import results
 from benchmarks.studies.results import aligned
-from benchmarks.training import Shapes
+from benchmarks.training import Shapes, config_name
+from eventkern.train.termination import ending_quietly
 from profiling.memory_step import PHASES, PRECISIONS, StepMemory, measure, snapshot
 
 if TYPE_CHECKING:
@@ -122,7 +123,10 @@ def draw(steps: list[StepMemory], device: torch.device) -> Canvas:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m profiling.memory", description="a training step's memory")
-    parser.add_argument("--config", nargs="+", default=["cpu_baseline.json", "gpu_optimized.json"], metavar="NAME")
+    names = "TOML or JSON files, or names in eventkern/configs"
+    parser.add_argument(
+        "--config", nargs="+", type=config_name, default=["cpu_baseline", "gpu_optimized"], metavar="NAME", help=names
+    )
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, help="default: both; with --quick the usual one")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="one precision, and the peak of one step")
@@ -178,4 +182,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ending_quietly(main))

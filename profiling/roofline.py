@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from eventkern import hardware
+from eventkern.train.termination import ending_quietly
 
 
 @dataclass(frozen=True)
@@ -108,4 +109,4 @@ class Ceilings:
 if __name__ == "__main__":
     from profiling.roofline_report import main
 
-    sys.exit(main())
+    sys.exit(ending_quietly(main))

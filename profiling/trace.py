@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import itertools
 import math
+import sys
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
@@ -26,12 +27,13 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.training import NameRange, Shapes, TrainingStep, endless, random_batch
-from eventkern.data import EventStore
+from benchmarks.training import NameRange, Shapes, TrainingStep, config_name, endless, random_batch
 from eventkern.data.loader import EventLoader
+from eventkern.data.shipped import open_store
 from eventkern.hardware import synchronize
 from eventkern.models import EventTransformer
 from eventkern.models.event_transformer import EventBatchLike
+from eventkern.train.termination import ending_quietly
 
 PHASES = ("data", "forward", "backward", "optimizer")
 NUM_WARM_UP_STEPS = 3
@@ -44,8 +46,10 @@ LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaun
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="profile a few training steps")
-    parser.add_argument("--config", default="cpu_baseline.json", help="a JSON file, or a name in eventkern/configs")
-    parser.add_argument("--store", type=Path, help="a prepared store; without it, random events")
+    names = "a TOML or JSON file, or a name in eventkern/configs"
+    parser.add_argument("--config", type=config_name, default="cpu_baseline", help=names)
+    stores = "a prepared store, flights or synthetic; without it, random events of 17 categories of id_category_size"
+    parser.add_argument("--store", help=stores)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
@@ -102,9 +106,9 @@ def random_batches(shapes: Shapes, device: torch.device) -> Iterator[EventBatchL
     return (random_batch(shapes, device, seed=seed) for seed in itertools.count())
 
 
-def from_store(path: Path, shapes: Shapes, device: torch.device) -> tuple[Shapes, Iterator[EventBatchLike]]:
+def from_store(name: str, shapes: Shapes, device: torch.device) -> tuple[Shapes, Iterator[EventBatchLike]]:
     """The configuration with a store's categories, and the store's training batches without end."""
-    store = EventStore.open(path)
+    store = open_store(name)
     id_category_size = shapes.model.category_sizes[0]
     model = replace(
         shapes.model,
@@ -219,4 +223,4 @@ def operator_table(profiler: profile, device: torch.device) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ending_quietly(main))

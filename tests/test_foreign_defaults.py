@@ -115,6 +115,27 @@ def of_ops(dtype: torch.dtype) -> Iterator[Tensor]:
     yield from torch.autograd.grad(outputs, [*leaves, weight, hidden, bias], upstream)
 
 
+def of_a_table(folder: Path) -> Iterator[Tensor]:
+    """A CSV file, one of whose records is too long."""
+    folder.mkdir(exist_ok=True)
+    lines = ["when,person,place", *(f"2024-01-0{day}T09:00:00,p{day % 2},q{day}" for day in range(1, 9)), "a,b,c,d"]
+    (folder / "visits.csv").write_text("\n".join(lines))
+    schema = Schema.from_dict(
+        {
+            "name": "visits",
+            "timestamp": "when",
+            "timezone": "UTC",
+            "key": "person",
+            "split": "2024-01-06",
+            "streams": [{"name": "all", "entity": "all"}],
+            "categories": [{"name": name, "kind": "id"} for name in ("person", "place")],
+        }
+    )
+    report = prepare(folder / "visits.csv", schema, folder / "visits", on_error="skip", progress=False)
+    assert len(report.skipped) == 1
+    yield EventStore.open(report.path).rows(torch.tensor([2, 5], dtype=torch.int64, device="cpu"))
+
+
 def of_the_store(store: EventStore) -> Iterator[Tensor]:
     indices = torch.tensor([3, 0, 7], dtype=torch.int64, device="cpu")
     yield store.rows(indices)
@@ -180,6 +201,7 @@ def everything(store: EventStore, model: EventTransformer, folder: Path) -> list
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         results += of_ops(dtype)
     results += of_the_store(store)
+    results += of_a_table(folder)
     results += of_the_model(store, model)
     results += of_a_run(store, model, folder)
     return results

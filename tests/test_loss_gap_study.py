@@ -233,7 +233,7 @@ def test_the_whole_study_ends_with_its_files_and_goes_on_where_it_was(
 
     monkeypatch.setattr(playing, "train", interrupted)
     assert study.main(arguments) == 130
-    assert "the same command goes on" in capsys.readouterr().out
+    assert "the same command goes on" in " ".join(capsys.readouterr().out.split())
     monkeypatch.setattr(playing, "train", train)
     assert study.main(arguments) == 0
     printed = capsys.readouterr().out

@@ -4,13 +4,19 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from profiling import trace
+from benchmarks.studies.throughput import __main__ as throughput
+from benchmarks.studies.utilization import __main__ as utilization
+from benchmarks.training import CONFIGS, Shapes
+from eventkern.cli import load_config
+from profiling import memory, trace
 
 ROOT = Path(__file__).parents[1]
 CONFIG = {
@@ -197,3 +203,39 @@ def test_the_script_captures_the_steps_and_exports_their_figures(captures: bool,
     assert (first, options[-1]) == ("stats", str(report))
     (reports,) = (option.removeprefix("--report=") for option in options if option.startswith("--report="))
     assert {"nvtx_sum", "nvtx_gpu_proj_sum", "nvtx_kern_sum", "cuda_gpu_kern_sum"} <= set(reports.split(","))
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.iterdir()))
+def test_every_shipped_configuration_has_its_shapes(name: str) -> None:
+    (path,) = CONFIGS.glob(f"{name}.*")
+    for given in (name, path.name, str(path)):
+        assert Shapes.load(given).batch_size == load_config(name).batch_size
+    assert Shapes.load(name).model.d_model == load_config(name).model.d_model
+    assert Shapes.load(name).model.dropout == load_config(name).dropout
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (None, "fligths: no such configuration file or name; did you mean flights? There are cpu_baseline, flights"),
+        ("{", "fligths: is no configuration: "),
+        ("batch_size = 3", "fligths: key 'id_category_size' is missing; add it"),
+        ("src_seq_len = 2", "fligths: key "),
+    ],
+)
+@pytest.mark.parametrize("command", [trace.main, memory.main, throughput.main, utilization.main])
+def test_a_configuration_that_cannot_be_read_is_one_line(
+    command: Callable[[list[str]], Any],
+    text: str | None,
+    complaint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        Path("fligths").write_text(text)
+    with pytest.raises(SystemExit) as leave:
+        command(["--config", "fligths"])
+    assert leave.value.code == 2
+    assert f"error: argument --config: {complaint}" in capsys.readouterr().err

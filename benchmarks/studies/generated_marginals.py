@@ -16,6 +16,7 @@ The category of the key is given and not generated, so that its distance is what
 """
 
 import argparse
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from eventkern.cli.commands import OpenedRun, open_run
 from eventkern.cli.generating import generate_events
 from eventkern.data import EventStore
+from eventkern.train.termination import ending_quietly
 
 RESAMPLES = 10
 
@@ -126,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ending_quietly(main))

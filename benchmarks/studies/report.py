@@ -27,6 +27,7 @@ from markdown_it.rules_core import StateCore
 from markdown_it.token import Token
 
 from benchmarks.environment import environment
+from eventkern.train.termination import ending_quietly
 
 STUDIES = ("loss_gap", "throughput", "utilization", "shuffle", "roofline", "memory")
 NAME = re.compile(r"(?P<subject>[a-z0-9_]+)_(?P<hardware>[a-z0-9-]+)_(?P<year>\d{4})(?P<month>\d\d)(?P<day>\d\d)")
@@ -351,4 +352,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ending_quietly(main))

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks.environment import environment, hardware_slug
 from benchmarks.studies import results
 from benchmarks.studies.step_timing import PRECISIONS
+from benchmarks.training import config_name
 from eventkern.train.device import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -106,7 +107,8 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
     made.add_argument(
         "--device", nargs="+", default=["auto"], help="auto (all, missing ones as rows not run), cpu, cuda"
     )
-    made.add_argument("--config", nargs="+", default=["cpu_baseline", "gpu_optimized"], help="names or JSON files")
+    names = "TOML or JSON files, or names in eventkern/configs"
+    made.add_argument("--config", nargs="+", type=config_name, default=["cpu_baseline", "gpu_optimized"], help=names)
     made.add_argument("--store", default="synthetic", help="a prepared store, or synthetic, which is made first")
     made.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the results")
     made.add_argument("--work-dir", type=Path, help="where finished parts are kept meanwhile (default: --out)")

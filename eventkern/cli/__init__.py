@@ -14,7 +14,7 @@ from eventkern.cli.exporting import export
 from eventkern.cli.generating import generate
 from eventkern.train.config import ConfigError
 from eventkern.train.failures import OtherRankError, RunFailure
-from eventkern.train.termination import Terminated, terminable
+from eventkern.train.termination import Terminated, ending_quietly, is_unread, terminable
 
 __all__ = ["RunConfig", "load_config", "main"]
 
@@ -23,8 +23,16 @@ FIRST_TO_END_S = 5.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0, 2 for a user's mistake, 1 for a failure, 130 or 143 when stopped."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    """Runs a command.
+
+    Returns:
+        Its exit code: 0, 2 for a user's mistake, 1 for a failure, 130 or 143 when stopped, 141 where nobody reads its
+        output to the end (`| head`).
+    """
+    return ending_quietly(lambda: _main(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _main(arguments: list[str]) -> int:
     try:
         command = parse(arguments)
         with terminable():
@@ -41,8 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     export(command)
                 case Info():
                     info()
+        sys.stdout.flush()
         return 0
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        if isinstance(error, BrokenPipeError) and is_unread():
+            raise
         is_mistake = isinstance(error, (ConfigError, *_user_errors()))
         is_explained = is_mistake or isinstance(error, (OSError, FloatingPointError, RunFailure))
         if not is_explained:

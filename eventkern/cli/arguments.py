@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-from eventkern.train.config import ConfigError, TrainerConfig, known_keys, read_config, require
+from eventkern.train.config import ConfigError, TrainerConfig, did_you_mean, known_keys, read_config, require
 
 try:
     import tyro
@@ -215,6 +215,7 @@ class Info:
 
 
 Command = Prepare | Train | Evaluate | Generate | Export | Info
+COMMANDS = {kind.__name__.lower(): kind for kind in (Prepare, Train, Evaluate, Generate, Export, Info)}
 
 
 def parse(arguments: list[str]) -> Command:
@@ -225,6 +226,10 @@ def parse(arguments: list[str]) -> Command:
     Raises:
         ConfigError: an unknown option, a value that does not fit, or a configuration that cannot be read.
     """
+    for name in arguments[:1]:
+        meant = did_you_mean(name, [*COMMANDS, "--help"])
+        if name not in (*COMMANDS, "--help", "-h") and meant:
+            raise ConfigError(f"unknown command {name!r}{meant} Expected one of {{{', '.join(COMMANDS)}}}")
     if arguments[:1] != ["train"] or {"-h", "--help"} & set(arguments[1:2]):
         return _parse(Command, arguments)
     if len(arguments) == 1 or arguments[1].startswith("-"):
@@ -244,13 +249,27 @@ def _parse(commands: Any, arguments: list[str]) -> Command:
     except SystemExit as leave:
         if not leave.code:
             raise
+        if arguments[:1] and arguments[0] in COMMANDS:  # that an option is missing comes of its being misspelt
+            known = _options(COMMANDS[arguments[0]])
+            given = [argument.partition("=")[0].replace("_", "-") for argument in arguments if argument[:2] == "--"]
+            unknown = [option for option in given if re.sub(r"(^--|\.)no-", r"\1", option) not in known]
+            if unknown and did_you_mean(unknown[0], known):
+                raise ConfigError(_unknown(unknown[0], known)) from None
         raise ConfigError(_one_line(told.getvalue())) from None
     if unknown:
-        known = ["--" + key.replace("_", "-") for key in known_keys(type(command)) if key not in POSITIONAL]
-        closest = difflib.get_close_matches(unknown[0], known, n=1)
-        mend = f"; the closest known option is {closest[0]}" if closest else ""
-        raise ConfigError(f"unknown argument {unknown[0]!r}{mend}")
+        raise ConfigError(_unknown(unknown[0], _options(type(command))))
     return cast(Command, command)
+
+
+def _options(command: type) -> list[str]:
+    """The options of a command."""
+    return ["--help", *("--" + key.replace("_", "-") for key in known_keys(command) if key not in POSITIONAL)]
+
+
+def _unknown(option: str, known: list[str]) -> str:
+    closest = difflib.get_close_matches(option, known, n=1)
+    mend = f"; the closest known option is {closest[0]}" if closest else ""
+    return f"unknown argument {option!r}{mend}"
 
 
 def _one_line(box: str) -> str:
@@ -275,5 +294,7 @@ def load_config(name: str | Path) -> RunConfig:
     for path in candidates:
         if path.is_file():
             return read_config(path, RunConfig)
-    names = ", ".join(sorted(path.name for path in CONFIGS.iterdir()))
-    raise ConfigError(f"{name}: no such configuration file; give the path of one, or one of: {names}")
+    names = sorted(path.name for path in CONFIGS.iterdir())
+    meant = did_you_mean(str(name), [*(Path(known).stem for known in names), *names])
+    mend = f"{meant} Else give" if meant else "; give"
+    raise ConfigError(f"{name}: no such configuration file{mend} the path of one, or one of: {', '.join(names)}")

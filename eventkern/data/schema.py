@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import difflib
 import tomllib
 import zoneinfo
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -238,8 +239,11 @@ class Schema:
         if not file.is_file():
             shipped = SHIPPED / f"{str(path).removesuffix('.toml')}.toml"
             if not shipped.is_file():
-                names = ", ".join(sorted(toml.stem for toml in SHIPPED.glob("*.toml")))
-                raise DataError(f"{path}: no such schema file; give the path of a TOML file, or one of: {names}")
+                names = sorted(toml.stem for toml in SHIPPED.glob("*.toml"))
+                mend = f"{meant} Else give" if (meant := did_you_mean(str(path), names)) else "; give"
+                raise DataError(
+                    f"{path}: no such schema file{mend} the path of a TOML file, or one of: {', '.join(names)}"
+                )
             file = shipped
         try:
             return cls.from_dict(tomllib.loads(file.read_text(encoding="utf-8-sig")))
@@ -279,6 +283,12 @@ class Schema:
 
 def _is_name(value: object) -> bool:
     return isinstance(value, str) and value != "" and len(value.splitlines()) == 1
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question that names the closest of the known names; nothing where none is close."""
+    closest = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {closest[0]}?" if closest else ""
 
 
 def _is_count(value: object, least: int) -> bool:

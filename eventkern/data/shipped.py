@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from eventkern.data.report import PrepareReport
-from eventkern.data.schema import DataError, Schema
+from eventkern.data.schema import DataError, Schema, did_you_mean
 from eventkern.data.store import FORMAT_VERSION, EventStore
 
 TABLES = {"flights": "flights", "synthetic": "workforce"}
@@ -24,6 +24,9 @@ def open_store(name: str | Path) -> EventStore:
         DataError: no store there, or a damaged one.
     """
     if name not in TABLES:
+        meant = did_you_mean(str(name), TABLES)
+        if meant and not Path(name).exists():
+            raise DataError(f"{name}: no such folder of a store{meant}")
         return EventStore.open(name)
     schema = Schema.load(TABLES[str(name)])
     made_of = json.dumps(schema.to_dict(), sort_keys=True)
@@ -66,6 +69,9 @@ def prepare_source(
     options["like"] = like
     if schema is None and like is not None:
         schema = like.schema
+    meant = did_you_mean(source, TABLES)
+    if source not in TABLES and meant and not Path(source).exists():
+        raise DataError(f"{source}: no such file or folder{meant}")
     if schema is None and source not in TABLES:
         raise DataError(f"{source}: has no schema of its own; give one: --schema FILE, or the name of one that ships")
     if not isinstance(schema, Schema):

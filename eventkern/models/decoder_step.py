@@ -3,6 +3,7 @@
 Shapes: L layers, B batch, K streams, T positions, D model width, N attention heads, H = D / N.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from eventkern import _C
-from eventkern.models.event_transformer import DecoderLayer
+from eventkern.models.event_transformer import DecoderLayer, EventTransformerConfig
 from eventkern.ops.attention.api import HEAD_DIMS
 
 LANES = 16
@@ -66,28 +67,42 @@ class PackedLayers:
         )  # fmt: skip
 
 
-def can_pack(layers: Sequence[DecoderLayer]) -> bool:
+def can_pack(layers: Sequence[DecoderLayer], config: EventTransformerConfig) -> bool:
     """Whether the extension computes what these layers do: float32 on the CPU, of a width and a head dim that it has.
 
-    Modules of another class than torch's own (adapters, say), hooks that would be passed by, and norms of different
-    epsilons are left to the modules themselves; weights that are parametrised, as integers are, are not.
+    Layers that are not as the model makes them are left to their modules: modules of another class (adapters, say),
+    hooks that would be passed by, a forward of an object's own, weights that are missing or of another shape, another
+    GELU, norms of different epsilons. Weights that are parametrised, as integers are, are read as modules read them.
     """
-    first = layers[0]
-    modules = [module for layer in layers for module in layer.modules()]
-    linears_and_norms = [module for module in modules if isinstance(module, nn.Linear | nn.LayerNorm)]
-    if any(type_before_parametrizations(module) not in (nn.Linear, nn.LayerNorm) for module in linears_and_norms):
+    if config.d_model % LANES or config.d_model // config.num_heads not in HEAD_DIMS:
         return False
-    if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
+    wanted = _as_made(config)
+    if any(_plain_modules(layer) != wanted for layer in layers):
         return False
-    if len({module.eps for module in linears_and_norms if isinstance(module, nn.LayerNorm)}) > 1:
-        return False
-    weights = [weight for layer in layers for weight in layer.parameters()]
-    width, num_heads = first.attention_norm.normalized_shape[0], first.attention.num_heads
-    return (
-        width % LANES == 0
-        and width // num_heads in HEAD_DIMS
-        and all(weight.is_cpu and weight.dtype == torch.float32 for weight in weights)
-    )
+    norms = (module for layer in layers for module in layer.modules() if isinstance(module, nn.LayerNorm))
+    return len({norm.eps for norm in norms}) == 1
+
+
+@functools.cache
+def _as_made(config: EventTransformerConfig) -> dict[str, object]:
+    with torch.device("meta"):
+        layer = DecoderLayer(config)
+    return _plain_modules(layer.to_empty(device="cpu").float())
+
+
+def _plain_modules(layer: nn.Module) -> dict[str, object]:
+    """What each module of a layer is, as far as the extension takes it for granted; empty where one has a hook."""
+    found: dict[str, object] = {}
+    pending = [("", layer)]
+    while pending:
+        name, module = pending.pop()
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return {}
+        weights = (getattr(module, leaf, None) for leaf in ("weight", "bias"))
+        shapes = [(weight.shape, weight.dtype, weight.device) for weight in weights if isinstance(weight, Tensor)]
+        found[name] = (type_before_parametrizations(module), shapes, getattr(module, "approximate", None))
+        pending += [(f"{name}.{child}", part) for child, part in module.named_children() if child != "parametrizations"]
+    return found
 
 
 def _parts(layer: DecoderLayer) -> list[Tensor]:

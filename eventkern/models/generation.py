@@ -80,7 +80,7 @@ class CachedDecoder:
         if self._caches is None or (self._caches.dtype, self._caches.device) != (like.dtype, like.device):
             shape = (2, config.num_heads, padded_length(config.tgt_seq_len), config.d_model // config.num_heads)
             self._caches = like.new_empty(len(self._memory), self.batch_size, *shape)
-        is_plain = like.dtype == torch.float32 and can_pack(self._layers)
+        is_plain = like.dtype == torch.float32 and can_pack(self._layers, config)
         self._packed = PackedLayers(self._layers, self._memory) if is_plain else None
 
     @torch.no_grad()

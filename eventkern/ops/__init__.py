@@ -1,5 +1,6 @@
 """Fused ops for models of event sequences. A folder is an op: its reference, its kernels, one public function."""
 
+from eventkern.ops import flops
 from eventkern.ops.attention.api import attention
 from eventkern.ops.multi_embedding.api import multi_embedding
 from eventkern.ops.multi_head_cross_entropy.api import multi_head_cross_entropy
@@ -13,6 +14,8 @@ __all__ = [
     "multi_head_cross_entropy",
     "use_reference",
 ]
+
+flops.register()
 
 
 def implementations() -> dict[str, dict[str, str]]:

@@ -221,7 +221,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def load_weights(model: Any, weights: Mapping[str, Any], path: Path) -> None:
     """Loads a plain state_dict into a model, or names the first parameter, buffer or extra state that differs."""
-    own = model.state_dict()
+    refuse_other_weights(model.state_dict(), weights, path)
+    try:
+        model.load_state_dict(weights)
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:  # of torch, or of a set_extra_state
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{path}: the model does not take its weights: {reason}; give the configuration it was trained with"
+        ) from error
+
+
+def refuse_other_weights(own: Mapping[str, Any], weights: Any, path: Path) -> None:
+    """Raises a CheckpointError unless two state_dicts have the same names and shapes."""
     if not isinstance(weights, Mapping):
         raise CheckpointError(f"{path}: its weights are a {type(weights).__name__}; give one that eventkern wrote")
     for name in [*own, *weights]:
@@ -232,20 +243,15 @@ def load_weights(model: Any, weights: Mapping[str, Any], path: Path) -> None:
                 f"{path}: {what} {name!r} is {there} in the checkpoint and {here} in the model; "
                 "give the configuration it was trained with"
             )
-    try:
-        model.load_state_dict(weights)
-    except (LookupError, RuntimeError, TypeError, ValueError) as error:  # of torch, or of a set_extra_state
-        reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{path}: the model does not take its weights: {reason}; give the configuration it was trained with"
-        ) from error
 
 
 def _shown(weights: Mapping[str, Any], name: str) -> str:
     if name not in weights:
         return "absent"
     value = weights[name]
-    return str(tuple(value.shape)) if isinstance(value, torch.Tensor) else "no tensor"
+    if isinstance(value, torch.Tensor):
+        return str(tuple(value.shape))
+    return "there" if name.endswith("_extra_state") else "no tensor"
 
 
 def random_state() -> dict[str, Any]:

@@ -9,7 +9,7 @@ import math
 import sys
 import tomllib
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -63,6 +63,9 @@ class TrainerConfig:
     """torch.compile of the model, with reduce-overhead as CUDA graphs; auto: on for CUDA, off elsewhere."""
     sharding: Literal["none", "fully_shard"] = "none"
     """Under torchrun: every rank holds the whole model (DistributedDataParallel), or a share of it (fully_shard)."""
+    find_unused_parameters: bool = False
+    """Under torchrun, with sharding none: a parameter may take part in some batches or on some ranks only, which costs
+    a walk through the graph of each step; else every step must give gradients to the same ones."""
     max_skipped_steps: int = 10
     """Steps in a row that may be skipped because a loss or a gradient is not finite; so many end the run."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -116,6 +119,12 @@ def require(config: object, key: str, holds: bool, wanted: str) -> None:
     """Raises a ConfigError that names key, the value seen and the value wanted, unless `holds`."""
     if not holds:
         raise ConfigError(f"{key} is {getattr(config, key)!r}, but must be {wanted}")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question that names the closest of the known names; nothing where none is close."""
+    closest = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {closest[0]}?" if closest else ""
 
 
 def read_config(path: Path, config_class: type[Config]) -> Config:

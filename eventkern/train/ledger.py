@@ -103,13 +103,17 @@ class Ledger:
 
     def _headline(self) -> str:
         total, guess, marginal = self.model.sum(), self.ln_classes.sum(), self.marginal.sum()
+        first_order = self.first_order.sum()
         if total > guess:
             return f"Worse than guessing: the loss {total:.2f} is above the {guess:.2f} of a uniform guess."
         if total > (1 + STUCK_SHARE) * marginal:
             return f"Worse than the marginal: the loss {total:.2f} is above the training frequencies' {marginal:.2f}."
         if total > (1 - STUCK_SHARE) * marginal:
             return f"Stuck at the marginal: the loss {total:.2f} is about the training frequencies' {marginal:.2f}."
-        return f"Learning: {percent(self.explained_of_sum())} of the marginal explained."
+        share = f"{percent(self.explained_of_sum())} of the marginal explained"
+        if total > first_order:
+            return f"Behind first-order counting: the loss {_loss(total)} is above its {_loss(first_order)}, {share}."
+        return f"Learning: {share}."
 
     def _remarks(self) -> list[str]:
         count = len(self.names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -13,6 +14,11 @@ from torch import Tensor, nn
 from eventkern.train.config import ConfigError, TrainerConfig
 from eventkern.train.device import compiles
 from eventkern.train.distributed import Ranks
+from eventkern.train.failures import RunFailure
+
+CHANGED_GRAPH = "training graph has changed in this iteration"
+"""Of both errors of DistributedDataParallel: a parameter is used for the first time, or no longer."""
+NAMES_TOLD = 4
 
 
 class Parallel:
@@ -21,12 +27,12 @@ class Parallel:
     Args:
         model: on the device of `ranks`; `fully_shard` turns its parameters into shards, in place.
         ranks: a process that is alone calls the model itself.
-        config: its keys sharding and compile. With sharding "none" every rank holds the model, under
-            DistributedDataParallel; with "fully_shard" it holds a share of each block, by torch's function of that
-            name, and gathers a block when it computes it. Blocks are the members of the model's module lists that have
-            no such list inside; the rest is one more. What is compiled is the forward as one graph, or each block where
-            it is sharded, since the gathering of blocks is no part of a graph; "reduce-overhead" replays forward and
-            backward as CUDA graphs, at one launch each.
+        config: its keys sharding, compile and find_unused_parameters. With sharding "none" every rank holds the model,
+            under DistributedDataParallel; with "fully_shard" it holds a share of each block, by torch's function of
+            that name, and gathers a block when it computes it. Blocks are the members of the model's module lists that
+            have no such list inside; the rest is one more. What is compiled is the forward as one graph, or each block
+            where it is sharded, since the gathering of blocks is no part of a graph; "reduce-overhead" replays forward
+            and backward as CUDA graphs, at one launch each.
 
     Attributes:
         is_compiled: whether it is.
@@ -41,6 +47,7 @@ class Parallel:
         self.is_sharded = config.sharding == "fully_shard" and not ranks.is_alone
         self.is_cold = self.is_compiled or not ranks.is_alone
         self._ranks = ranks
+        self._unused: list[str] = []
         self._forward: Any = model
         if self.is_sharded:
             self._shard()
@@ -51,7 +58,9 @@ class Parallel:
         if not ranks.is_alone:
             from torch.nn.parallel import DistributedDataParallel
 
-            self._forward = DistributedDataParallel(self._forward, static_graph=True, gradient_as_bucket_view=True)
+            is_free = config.find_unused_parameters
+            options: Any = {"find_unused_parameters": is_free, "static_graph": not is_free}
+            self._forward = DistributedDataParallel(self._forward, gradient_as_bucket_view=True, **options)
 
     def _shard(self) -> None:
         from torch.distributed import broadcast
@@ -74,6 +83,32 @@ class Parallel:
         if self.has_graphs:
             torch.compiler.cudagraph_mark_step_begin()
         return self._forward(batch)
+
+    def note_unused(self) -> None:
+        """Keeps which parameters the backward before it has given no gradient."""
+        self._unused = [name for name, parameter in self._trained() if parameter.grad is None]
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [named for named in self.model.named_parameters() if named[1].requires_grad]
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Turns what DistributedDataParallel says of parameters that some batches leave out into a RunFailure."""
+        try:
+            yield
+        except RuntimeError as error:
+            if CHANGED_GRAPH not in str(error):
+                raise
+            if numbers := re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error)):
+                trained = self._trained()
+                names = [trained[int(number)][0] for number in numbers[1].split()]
+            else:  # a parameter has its first gradient
+                names = self._unused
+            more = f" and {len(names) - NAMES_TOLD} more" if len(names) > NAMES_TOLD else ""
+            raise RunFailure(
+                f"not every batch gives gradients to {', '.join(names[:NAMES_TOLD])}{more}: set find_unused_parameters "
+                "(--find-unused-parameters), or let every batch use them, if only with weight 0"
+            ) from error
 
     @contextmanager
     def synchronising(self, is_last: bool) -> Iterator[None]:

@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 
-from eventkern.train.checkpoint import CheckpointError, load_weights, random_state, set_random_state
+from eventkern.train.checkpoint import (
+    CheckpointError,
+    load_weights,
+    random_state,
+    refuse_other_weights,
+    set_random_state,
+)
 from eventkern.train.config import TrainerConfig, to_mapping
 from eventkern.train.device import seed_everything
 from eventkern.train.distributed import Ranks
@@ -91,8 +97,10 @@ class Snapshot:
         missing = [name for name in NEEDED if name not in state]
         if missing:
             raise CheckpointError(f"{path}: has no {_listed(missing)}: give a checkpoint that a trainer wrote")
+        weights = self._parallel.own_weights(state["model"])
+        refuse_other_weights(self._parallel.model.state_dict(), weights, path)
         self._refuse_other_parameters(path, state)
-        load_weights(self._parallel.model, self._parallel.own_weights(state["model"]), path)
+        load_weights(self._parallel.model, weights, path)
         mend = "give the store it was trained on, or start a fresh run"
         with fitting(path, "is of other training data", mend):
             self._loader.load_state_dict(state["loader"])

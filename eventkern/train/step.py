@@ -89,6 +89,7 @@ class OptimizerStep:
         for _ in range(1 if self._ranks.is_alone else 2):  # a static graph is laid out anew after the second
             with self._parallel.synchronising(True):
                 self._forward(batch, torch.ones((), dtype=torch.float32, device=self._device))
+        self._parallel.note_unused()
         self._clear_gradients()
         for buffer, before in buffers:
             buffer.copy_(before)
@@ -133,9 +134,9 @@ class OptimizerStep:
 
     def _forward(self, batch: Any, weight: Tensor) -> Tensor:
         """Forward and backward of a micro-batch; returns its weighted losses."""
-        with marked("forward"), autocast(self._precision, self._device):
+        with self._parallel.explaining(), marked("forward"), autocast(self._precision, self._device):
             losses = self._parallel(batch) * weight
-        with marked("backward"):
+        with self._parallel.explaining(), marked("backward"):
             self.scaler.scale(losses.sum()).backward()
         return losses.detach()
 

@@ -11,6 +11,9 @@ import numpy as np
 if TYPE_CHECKING:
     from rich.table import Table
 
+MOST_PERCENT = 999
+"""Beyond it a percentage says nothing: the loss that it is of is far beyond what it is held against."""
+
 
 class Shown(Protocol):
     """What is printed in either form."""
@@ -47,8 +50,12 @@ def plain_text(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def percent(share: float) -> str:
-    """A share as a percentage; "-" where it is not known."""
-    return f"{100 * share:.1f} %" if math.isfinite(share) else "-"
+    """A share as a percentage; "-" where it is not known. Beyond 999 % it says that alone, as in "<-999 %"."""
+    if not math.isfinite(share):
+        return "-"
+    if round(abs(100 * share), 1) > MOST_PERCENT:
+        return f"{'<-' if share < 0 else '>'}{MOST_PERCENT} %"
+    return f"{100 * share:.1f} %"
 
 
 def for_json(value: Any) -> int | float | None:

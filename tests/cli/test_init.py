@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -34,7 +35,15 @@ OTHERS = {  # edits of the table or its schema that leave the number of classes 
     ("arguments", "spoil", "message"),
     [
         ("", "", "Expected one of {prepare, train, evaluate, generate, export, info}"),
-        ("trian small.toml", "", "Expected one of {prepare, train, evaluate, generate, export, info}"),
+        ("trian small.toml", "", "unknown command 'trian'; did you mean train? Expected one of {prepare, train"),
+        ("--hlep", "", "unknown command '--hlep'; did you mean --help?"),
+        ("train fligths", "", "fligths: no such configuration file; did you mean flights? Else give the path of one"),
+        ("prepare flihgts --out new", "", "flihgts: no such file or folder; did you mean flights?"),
+        ("prepare visits.csv --schema workforec --out new", "", "no such schema file; did you mean workforce?"),
+        ("prepare visits.csv --schema visits.toml --otu new", "", "'--otu'; the closest known option is --out"),
+        ("evaluate run --stoer new", "", "unknown argument '--stoer'; the closest known option is --store"),
+        ("generate run --no-mising", "", "unknown argument '--no-mising'; the closest known option is --missing"),
+        (TRAIN + " --data.store sythetic", "", "sythetic: no such folder of a store; did you mean synthetic?"),
         ("train", "", "train takes CONFIG as its first argument"),
         ("train gone.toml", "", "gone.toml: no such configuration file; give the path of one, or one of: cpu_baseline"),
         (TRAIN + " --lrr 3", "", "unknown argument '--lrr'; the closest known option is --lr"),
@@ -199,3 +208,13 @@ def test_the_module_is_the_command() -> None:
     run = subprocess.run([sys.executable, "-m", "eventkern", "nothing"], capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr == "eventkern: Expected one of {prepare, train, evaluate, generate, export, info}.\n"
+
+
+@pytest.mark.parametrize("command", ["--help", "train --help", PREPARE, "evaluate run"])
+def test_every_command_ends_quietly_where_nobody_reads_it(here: Path, command: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    program = [sys.executable, "-m", "eventkern", *command.split()]
+    run = subprocess.run(program, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (run.returncode, run.stderr) == (141, "")

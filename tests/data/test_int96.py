@@ -23,7 +23,7 @@ def write(path: Path, *times: pa.Array) -> Path:
 def test_what_is_in_range_stays_exact(tmp_path: Path) -> None:
     held = pa.array([NANOSECONDS, None, -1, -(2**63) + 1, 2**63 - 1], pa.timestamp("ns"))
     (batch,) = SourceFile(write(tmp_path / "t.parquet", held), ("t0",)).batches(skip_malformed=False)
-    assert batch.column("t0").equals(held)
+    assert batch.columns.column("t0").equals(held)
 
 
 @pytest.mark.parametrize("far", [FAR, datetime.datetime(1, 1, 1), datetime.datetime(2262, 4, 12)])
@@ -32,7 +32,7 @@ def test_what_is_out_of_range_is_told_as_it_is(tmp_path: Path, far: datetime.dat
     path = write(tmp_path / "t.parquet", pa.array([near, far, None], pa.timestamp("us")))
     (batch,) = SourceFile(path, ("t0",)).batches(skip_malformed=False)
     told = far.isoformat(sep=" ")
-    assert batch.column("t0").to_pylist() == ["2024-01-02 03:04:05.678901000", told, None]
+    assert batch.columns.column("t0").to_pylist() == ["2024-01-02 03:04:05.678901000", told, None]
 
 
 def test_rows_are_compared_with_themselves_whatever_the_batches(tmp_path: Path) -> None:

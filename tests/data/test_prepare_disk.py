@@ -55,7 +55,7 @@ def test_a_full_disk_is_told_and_nothing_is_left(
     refused: list[int] = []
     for size_kib in range(64, 4096, 128):
         disk = small_disk(size_kib)
-        if refused and size_kib * 1024 > max(refused) + 32 * 1024:  # as much as was wanted, and the pages' ends
+        if refused and size_kib * 1024 > refused[-1] + 32 * 1024:  # as much as was wanted, and the pages' ends
             break
         with pytest.raises(OSError, match=FULL) as caught:
             prepare(table, schema, disk / "deep" / "store", progress=False)
@@ -67,7 +67,7 @@ def test_a_full_disk_is_told_and_nothing_is_left(
     prepare(table, schema, disk / "deep" / "store", progress=False)
     EventStore.open(disk / "deep" / "store", verify=True)
     assert len(refused) > 5, "it fills up while columns are spilled and while rows are written"
-    assert refused[0] == pytest.approx(refused[-1], rel=0.1)
+    assert refused[0] == pytest.approx(refused[-1], rel=0.15), "foreseen from the first rows"
 
 
 def test_a_full_disk_keeps_the_store_before(

@@ -124,11 +124,15 @@ def test_a_decoder_with_no_step_of_the_extension_takes_the_modules(changes, cast
     torch.testing.assert_close(cached, whole, rtol=tolerance, atol=tolerance)
 
 
+def is_packed(model) -> bool:
+    return can_pack([*model.decoder], model.config)
+
+
 @torch.no_grad()
-def test_other_dtypes_are_not_packed(generator):
-    assert can_pack(list(large_model().decoder))
-    assert not can_pack(list(large_model().double().decoder))
-    assert not can_pack(list(large_model().to(torch.bfloat16).decoder))
+def test_other_dtypes_are_not_packed():
+    assert is_packed(large_model())
+    assert not is_packed(large_model().double())
+    assert not is_packed(large_model().to(torch.bfloat16))
 
 
 @torch.no_grad()
@@ -167,22 +171,61 @@ def test_a_window_begins_with_the_weights_of_its_time(generator):
         before = after
 
 
-def test_what_is_not_torchs_own_computation_is_left_to_the_modules():
-    class Doubled(torch.nn.Linear):
-        def forward(self, inputs: Tensor) -> Tensor:
-            return 2 * super().forward(inputs)
+class Adapted(torch.nn.Module):
+    """A layer and a correction of low rank beside it."""
 
-    plain = list(large_model().decoder)
-    assert can_pack(plain)
-    adapted = list(large_model().decoder)
-    adapted[1].feed_forward[0] = Doubled(32, 128)
-    assert not can_pack(adapted)
-    hooked = list(large_model().decoder)
-    hooked[0].attention.register_forward_hook(lambda module, inputs, output: None)
-    assert not can_pack(hooked)
-    eased = list(large_model().decoder)
-    eased[1].feed_forward_norm.eps = 0.1
-    assert not can_pack(eased)
+    def __init__(self, inner: torch.nn.Module, generator: torch.Generator) -> None:
+        super().__init__()
+        self.inner = inner
+        width, outputs = inner.weight.shape[-1], inner.weight.shape[0]
+        self.down = torch.nn.Parameter(torch.randn(width, 2, generator=generator))
+        self.up = torch.nn.Parameter(torch.randn(2, outputs, generator=generator))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.inner(inputs) + inputs @ self.down @ self.up
+
+
+PLACES = [name for name, part in large_model().decoder[1].named_modules() if list(part.parameters(recurse=False))]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", PLACES)
+def test_an_adapter_anywhere_in_a_layer_runs_as_a_module(place, generator):
+    model = large_model()
+    model.decoder[1].set_submodule(place, Adapted(model.decoder[1].get_submodule(place), generator))
+    assert not is_packed(model)
+    window, memory = events(generator, 4, 18), model.encode(events(generator, 4, 3, 4))
+    decoder = CachedDecoder(model, 4)
+    decoder.begin(memory)
+    cached = torch.stack([decoder.step(window[:, position]) for position in range(18)], 1)
+    torch.testing.assert_close(cached, model.decode(window, memory), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.feed_forward.register_module("0", torch.nn.Linear(32, 96)),  # another width
+        lambda layer: layer.feed_forward.register_module("0", torch.nn.Linear(32, 128, bias=False)),
+        lambda layer: layer.feed_forward.register_module("1", torch.nn.ReLU()),
+        lambda layer: layer.feed_forward.register_module("1", torch.nn.GELU("tanh")),
+        lambda layer: layer.feed_forward.append(torch.nn.Dropout(0.5)),
+        lambda layer: setattr(layer.attention.qkv, "forward", torch.nn.Linear(32, 96).forward),
+        lambda layer: layer.attention.register_forward_hook(lambda module, inputs, output: None),
+        lambda layer: setattr(layer.feed_forward_norm, "eps", 0.1),
+    ],
+)
+def test_what_is_not_as_the_model_makes_it_is_left_to_the_modules(change):
+    model = large_model()
+    assert is_packed(model)
+    change(model.decoder[1])
+    assert not is_packed(model)
+
+
+@torch.no_grad()
+def test_parametrised_weights_are_read_as_modules_read_them():
+    model = large_model()
+    quantize_int8(model)
+    assert is_packed(model)
 
 
 def test_windows_of_another_dtype_have_caches_of_their_own(generator):

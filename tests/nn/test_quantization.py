@@ -55,6 +55,52 @@ def test_every_matrix_is_off_by_half_a_scale_at_most_and_nothing_else_is(generat
     assert torch.equal(model.linear.weight[3], torch.zeros(16))
 
 
+@pytest.mark.parametrize("magnitude", [1.0, 1e-3, 1e-7, 3e-38, 1e-40, 1e-43, 3e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_rows_of_any_dtype_and_magnitude_are_off_by_half_a_scale(dtype, magnitude, generator):
+    linear = nn.Linear(40, 30).to(dtype)
+    with torch.no_grad():
+        linear.weight.copy_((torch.rand(30, 40, generator=generator, dtype=torch.float64) * 2 - 1) * magnitude)
+    weight = linear.weight.detach().double()
+    quantize_int8(linear)
+    now, kept = linear.weight, linear.parametrizations["weight"]
+    assert now.dtype == dtype
+    scales = kept.original1.double()
+    exact = kept.original0.double() * scales
+    assert ((exact - weight).abs() <= scales * 0.50001).all()
+    torch.testing.assert_close(scales, weight.abs().amax(1, keepdim=True) / 127, rtol=1e-6, atol=1.5e-45)
+    assert torch.equal(now, exact.to(scales.dtype if dtype == torch.float64 else torch.float32).to(dtype))
+    if weight.any():
+        assert exact.any()
+
+
+def test_a_weight_that_modules_share_stays_one(generator):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(500, 64)
+            self.head = nn.Linear(64, 500, bias=False)
+            self.head.weight = self.table.weight
+
+    model = Tied()
+    before, weight = weight_bytes(model), model.table.weight.detach().clone()
+    quantize_int8(model)
+    assert weight_bytes(model) == before // 4 + 4 * 500
+    assert torch.equal(model.head.weight, model.table.weight)
+    assert (model.head.weight - weight).abs().max() < weight.abs().max() / 127
+    again = Tied()
+    quantize_int8(again)
+    again.load_state_dict(model.state_dict())
+    assert again.head.parametrizations["weight"].original0 is again.table.parametrizations["weight"].original0
+    assert torch.equal(again.head.weight, model.head.weight)
+
+    model = Tied()
+    model.alias = model.table.weight
+    with pytest.raises(ValueError, match="alias is the weight of another module too"):
+        quantize_int8(model)
+    assert not parametrize.is_parametrized(model.head)
+
+
 def test_it_takes_a_quarter(generator):
     model = Parts(generator)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}

@@ -23,7 +23,7 @@ from conftest import PlainModel, TinyBatch, TinyLoader, TinyModel
 
 from eventkern.train import Loaders, Trainer, TrainerConfig
 from eventkern.train.distributed import Ranks, join
-from eventkern.train.failures import OtherRankError
+from eventkern.train.failures import OtherRankError, RunFailure
 
 KEYS: dict[str, Any] = {"epochs": 2, "lr": 0.01, "schedule": "cosine", "device": "cpu", "log_every": 1, "clip": 0.5}
 
@@ -133,6 +133,47 @@ def spoiled(ranks: Ranks, folder: Path) -> None:
         (folder / f"rank-{ranks.rank}.txt").write_text(f"{type(error).__name__}: {error}")
 
 
+class Branching(TinyModel):
+    """A branch that only some calls take; the optimizer's norms and moments must not notice who called."""
+
+    def __init__(self, takes: Callable[[int], bool]) -> None:
+        super().__init__()
+        self.branch = torch.nn.Linear(6, 6)
+        torch.nn.init.constant_(self.branch.weight, 0.25)
+        torch.nn.init.zeros_(self.branch.bias)
+        self.takes = takes
+
+    def logits(self, batch: TinyBatch) -> list[torch.Tensor]:
+        hidden = torch.tanh(self.hidden(batch.inputs))
+        if self.training and self.takes(self.num_calls):
+            hidden = hidden + self.branch(hidden)
+        return [head(hidden).float() for head in self.heads]
+
+
+def takes(step: int, share: int) -> bool:
+    """Whether the share of a step's batches takes the branch: one rank's, the other's, nobody's, both."""
+    return share in ({0}, {1}, set(), {0, 1})[step]
+
+
+BRANCHES: dict[str, Callable[[int, int], bool]] = {
+    # by the number of a call, of which the first two are the warm-up's, and the rank
+    "free": lambda call, rank: call > 2 and takes(call - 3, rank),
+    "first": lambda call, rank: call > 3,  # used for the first time
+    "last": lambda call, rank: call <= 3,  # used no longer
+}
+
+
+def branches(ranks: Ranks, folder: Path) -> None:
+    """A branch of some batches, with the setting for it and without."""
+    for name, when in BRANCHES.items():
+        model = Branching(lambda call, when=when: when(call, ranks.rank))  # type: ignore[misc]
+        keys = {"find_unused_parameters": name == "free", "max_steps": 3, "schedule": "constant"}
+        try:
+            trainer(ranks, folder / name, model, **keys).fit()
+        except RunFailure as error:
+            (folder / f"{name}-{ranks.rank}.txt").write_text(str(error))
+
+
 def taken_up(ranks: Ranks, folder: Path) -> None:
     """A run that one process began."""
     again = trainer(ranks, folder, schedule="constant")
@@ -173,7 +214,19 @@ def phases(ranks: Ranks, folder: Path) -> None:
 
 PLAYS: dict[str, Callable[[Ranks, Path], None]] = {
     play.__name__: play
-    for play in (equal, synchronised, half, resumed, sharded_resume, spoiled, taken_up, handed_on, on_gpu, phases)
+    for play in (
+        equal,
+        synchronised,
+        half,
+        resumed,
+        sharded_resume,
+        spoiled,
+        branches,
+        taken_up,
+        handed_on,
+        on_gpu,
+        phases,
+    )
 }
 
 

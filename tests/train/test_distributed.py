@@ -68,7 +68,7 @@ def two(ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     ranks.trainer(ALONE, folder / "taken_up", batch_size=6, schedule="constant", max_steps=5).fit()
     shutil.copy(folder / "taken_up/checkpoints/last", folder / "taken_up/one.pt")
-    play(ranks, 2, "equal,synchronised,half,resumed,sharded_resume,spoiled,taken_up,handed_on,phases", folder)
+    play(ranks, 2, "equal,synchronised,half,resumed,sharded_resume,spoiled,branches,taken_up,handed_on,phases", folder)
     return folder
 
 
@@ -85,6 +85,26 @@ def assert_equal_to_rounding(one: Any, other: Any, where: str = "state") -> None
             assert_equal_to_rounding(one[key], other[key], f"{where}.{key}")
     else:
         torch.testing.assert_close(other, one, rtol=0, atol=8 * 2**-24 * one.abs().max().item(), msg=where)
+
+
+def test_branches_that_some_ranks_or_none_take_train_as_on_one(ranks: Any, two: Path, tmp_path: Path) -> None:
+    model = ranks.Branching(lambda call: ranks.takes(*divmod(call - 1, 2)))
+    ranks.trainer(ALONE, tmp_path, model, grad_accum=2, max_steps=3, schedule="constant").fit()
+    here, there = (load_checkpoint(run / "checkpoints/last") for run in (tmp_path, two / "branches/free"))
+    assert_equal_to_rounding(here["model"], there["model"])
+    assert_equal_to_rounding(here["optimizer"]["state"], there["optimizer"]["state"])
+    assert not there["model"]["branch.weight"].eq(0.25).all()
+    steps = {name: there["optimizer"]["state"][number]["step"] for number, name in enumerate(there["trained"])}
+    assert (steps["branch.weight"], steps["hidden.weight"]) == (2, 3)
+
+
+@pytest.mark.parametrize("name", ["first", "last"])
+def test_a_branch_of_some_batches_is_named_with_the_setting_for_it(two: Path, name: str) -> None:
+    told = {(two / f"branches/{name}-{rank}.txt").read_text() for rank in range(2)}
+    assert told == {
+        "not every batch gives gradients to branch.weight, branch.bias: set find_unused_parameters "
+        "(--find-unused-parameters), or let every batch use them, if only with weight 0"
+    }
 
 
 @pytest.mark.parametrize("grad_accum", [1, 2])

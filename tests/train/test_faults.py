@@ -257,6 +257,16 @@ def small_disk(trials: Trials) -> Iterator[Path]:
         subprocess.run(["umount", disk], check=True)
 
 
+def assert_told(trials: Trials, told: str, size: int) -> None:
+    """The last line ends with a message, whose numbers are the size of a checkpoint and fewer bytes free."""
+    pattern = r"([\d,]+) ".join(map(re.escape, told.split("# ")))
+    found = re.search(pattern + "$", trials.said.splitlines()[-1])
+    assert found is not None, trials.said
+    wanted, free = (int(number.replace(",", "")) for number in found.groups())
+    assert free < wanted
+    assert 0.99 * size < wanted < 1.3 * size  # a run's first look counts best.safetensors too
+
+
 def test_a_full_disk_leaves_the_checkpoint_before_and_goes_on(
     trials: Trials, assert_same: Any, small_disk: Path
 ) -> None:
@@ -265,21 +275,15 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_goes_on(
     assert trials("train small.toml --run-dir ten --max-steps 10") == 0
     assert trials(f"{command} 4") == 0
     before = {path.name: path.read_bytes() for path in (small_disk / "run/checkpoints").iterdir()}
-    free = shutil.disk_usage(small_disk).free
-    (small_disk / "filler").write_bytes(bytes(free - 28 * 1024))
-    assert trials(f"{command} 10") == 1
-    last_line = trials.said.splitlines()[-1]
-    told = re.search(
-        r"^eventkern: .*step-00000006\.pt: No space left on device: ([\d,]+) bytes wanted, ([\d,]+) free; "
-        "earlier files are as they were$",
-        last_line,
-    )
-    assert told is not None, trials.said
-    wanted, free = (int(number.replace(",", "")) for number in told.groups())
-    assert free < wanted
-    assert wanted == pytest.approx(len(before["step-00000004.pt"]), rel=0.01)
+    size, filler = len(before["step-00000004.pt"]), small_disk / "filler"
+    no_space = "No space left on device: # bytes wanted"
+    assert trials(f"{command} 10", fill_at_step=[1, str(filler), size // 4]) == 1
+    assert_told(trials, f"step-00000006.pt: {no_space}, # free; earlier files are as they were", size)
     assert {path.name: path.read_bytes() for path in (small_disk / "run/checkpoints").iterdir()} == before
-    (small_disk / "filler").unlink()
+    assert trials(f"{command} 10") == 1
+    assert_told(trials, f"disk/run/checkpoints: {no_space} for a checkpoint, # free; nothing was trained yet", size)
+    assert {path.name: path.read_bytes() for path in (small_disk / "run/checkpoints").iterdir()} == before
+    filler.unlink()
     assert trials(f"{command} 10") == 0, trials.said
     rows = rows_of(small_disk / "run")
     assert [row["loss_sum"] for row in rows] == [row["loss_sum"] for row in rows_of(whole)]

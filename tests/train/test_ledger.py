@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from eventkern.train import Ledger
+from eventkern.train.tables import percent
 
 NAMES = ("Kind", "[bold]Place[/bold]", "Day")
 
@@ -66,6 +67,8 @@ def test_a_note_stands_below_the_title() -> None:
         ((1.0, 2.0, 0.5), "Learning: 50.0 % of the marginal explained."),
         ((1.0, 2.0, 0.5), "Ahead of the marginal in 3 of 3 categories, of first-order in 2 of 3."),
         ((1.0, 2.0, 0.5), "Of what can be learned at all, 75.0 % is learned."),
+        ((1.5, 2.5, 0.5), "Behind first-order counting: the loss 4.500 is above its 4.300, 35.7 % of the marginal"),
+        ((1.5, 2.3, 0.5), "Learning: 38.6 % of the marginal explained."),
         ((2.0, 3.9, 1.0), "Stuck at the marginal: the loss 6.90 is about the training frequencies' 7.00."),
         ((2.0, 4.2, 1.5), "Worse than the marginal: the loss 7.70 is above the training frequencies' 7.00."),
         ((2.4, 4.7, 2.0), "Worse than guessing: the loss 9.10 is above the 8.85 of a uniform guess."),
@@ -154,3 +157,28 @@ def test_unequal_lengths_are_named() -> None:
         Ledger(NAMES, (10, 100, 7), [2.0, 4.0, 1.0], [1.5, 1.9])
     with pytest.raises(ValueError, match=r"losses has shape \(1,\)"):
         make_ledger((1.0,))
+
+
+@pytest.mark.parametrize(
+    ("share", "told"),
+    [
+        (-2081.796, "<-999 %"),
+        (-9.9904, "-999.0 %"),
+        (-9.991, "<-999 %"),
+        (9.99, "999.0 %"),
+        (1e9, ">999 %"),
+        (0.317, "31.7 %"),
+        (-math.inf, "-"),
+    ],
+)
+def test_a_percentage_beyond_all_reason_says_that_alone(share: float, told: str) -> None:
+    assert percent(share) == told
+
+
+def test_no_share_of_a_ledger_goes_beyond_999() -> None:
+    ledger = Ledger(("Wind",), (38,), [0.001], [0.001], [0.0009])
+    ledger.update(1, [3.6], [0.0])
+    assert ledger.to_dict()["explained"] == pytest.approx(-3599.0)  # the file holds the number
+    shown = ledger.text()
+    assert shown.count("<-999 %") == 4  # the row, sum, mean, and what is learned at all
+    assert "-359" not in shown

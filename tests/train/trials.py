@@ -7,6 +7,7 @@ import ctypes
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -81,6 +82,9 @@ def command(trial: dict[str, Any], writer: int) -> int:
     if "signal_at_step" in trial:
         number, step = trial["signal_at_step"]
         at_step(step, lambda: os.kill(os.getpid(), number))
+    if "fill_at_step" in trial:  # the disk of a file, but for some bytes
+        step, file, room = trial["fill_at_step"]
+        at_step(step, lambda: Path(file).write_bytes(bytes(shutil.disk_usage(Path(file).parent).free - room)))
     if "kill_in_forward" in trial:
         kill_at_forward(trial["kill_in_forward"])
     if "kill_at_call" in trial:

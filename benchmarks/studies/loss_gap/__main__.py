@@ -25,6 +25,7 @@ from benchmarks.studies.loss_gap.findings import Findings
 from benchmarks.studies.loss_gap.runs import Runs, forecast_s, play, step_times
 from benchmarks.studies.loss_gap.settings import Plan, Sizes
 from eventkern.hardware import usable_cores
+from eventkern.train.termination import ending_quietly
 
 FULL = Sizes(num_steps=100, long_steps=3000, seeds=3)
 QUICK = Sizes(num_steps=6, long_steps=100, seeds=2)
@@ -94,4 +95,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ending_quietly(main))

@@ -33,6 +33,7 @@ from benchmarks.studies.shuffle.layers import cold_layer, fetch_layer, order_lay
 from benchmarks.studies.shuffle.timing import Contender, Figure, measure
 from eventkern.data import EventStore
 from eventkern.train.device import keep_freed_memory
+from eventkern.train.termination import ending_quietly
 
 NOTED_EVENTS = 900_000
 LADDER_SHARE = 2
@@ -187,4 +188,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ending_quietly(main))

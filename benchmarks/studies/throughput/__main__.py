@@ -40,6 +40,7 @@ from benchmarks.training import Shapes, TrainingStep, random_batch
 from eventkern.data import EventStore
 from eventkern.data.shipped import open_store
 from eventkern.models import EventTransformer
+from eventkern.train.termination import ending_quietly
 
 OPS, MODES = ("reference", "fused"), ("eager", "compiled")
 COMPILE_S = {"cpu": 40.0, "cuda": 60.0}
@@ -311,4 +312,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ending_quietly(main))

@@ -41,6 +41,7 @@ from eventkern.data import EventStore
 from eventkern.data.shipped import open_store
 from eventkern.models import EventTransformer
 from eventkern.models.event_transformer import EventBatchLike
+from eventkern.train.termination import ending_quietly
 
 FILES, MEMORY, ORDER, LOADER, MODEL, OPS, COMPILED, GRAPHS = FEATURES
 COMPILE_S = 60.0
@@ -260,4 +261,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ending_quietly(main))
